@@ -1,0 +1,3 @@
+"""vgen: autoregressive visual generation."""
+
+__version__ = "0.1.0"

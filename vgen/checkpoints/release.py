@@ -1,0 +1,212 @@
+"""Release folders, our format to share: ``config.yaml`` + ``model.safetensors`` (+ ``tokenizer/`` for a generator).
+
+A release holds plain data only. Building its networks runs nothing but vgen's own constructors, so a release from a
+stranger is as safe to load as its safetensors file.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra.utils import get_object, instantiate
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vgen import __version__
+from vgen.checkpoints.convert import load_strict, read_weights
+from vgen.errors import UserError
+from vgen.generators.transformer import Transformer
+from vgen.runtime import git_commit
+from vgen.sampling.pipeline import Pipeline
+from vgen.schedules.plan import Plan
+from vgen.tokenizers.base import Tokenizer
+
+FORMAT = "vgen.release/1"
+CONFIG, WEIGHTS, TOKENIZER = "config.yaml", "model.safetensors", "tokenizer"
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file as hex digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_release(
+    folder: str | Path,
+    module: nn.Module,
+    config: dict[str, Any],
+    *,
+    kind: str,
+    extra: dict[str, Any] | None = None,
+    tokenizer: str | Path | None = None,
+    state: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write a release folder; an existing one is replaced only after the new one is complete.
+
+    Args:
+        folder: where to write.
+        module: the network, for its state dict.
+        config: resolved constructor arguments of the network with ``_target_``, plain containers.
+        kind: ``tokenizer`` or ``generator``.
+        extra: further top-level entries: ``schedule`` (required for a generator), ``data``, ``training``.
+        tokenizer: release folder of the tokenizer, copied into a generator's release.
+        state: weights to write instead of the module's own.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: if the folder cannot be written.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    weights = module.state_dict() if state is None else state
+    document = {
+        "format": FORMAT,
+        "kind": kind,
+        "vgen": {"version": __version__, "commit": git_commit()},
+        "network": config,
+        **(extra or {}),
+    }
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, partial / WEIGHTS)
+        (partial / CONFIG).write_text(yaml.safe_dump(document, sort_keys=False))
+        if tokenizer is not None:
+            shutil.copytree(tokenizer, partial / TOKENIZER)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(
+            f"the release {folder} cannot be written ({error.strerror}); free space or choose another folder"
+        ) from error
+    return folder
+
+
+def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
+    """Read and check the configuration of a release.
+
+    Raises:
+        UserError: if the folder is not a release of that kind.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a release folder: {path} is missing (training writes one to <run>/release)")
+    try:
+        document = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path} is not a {FORMAT} configuration")
+    if document.get("kind") != kind:
+        raise UserError(f"{folder} is the release of a {document.get('kind')}, a {kind} is needed here")
+    return document
+
+
+def build(config: Any, **arguments: Any) -> Any:
+    """Instantiate a configuration whose every ``_target_`` is defined in vgen.
+
+    Args:
+        config: plain containers with ``_target_``.
+        arguments: further keyword arguments of the outermost target.
+
+    Raises:
+        UserError: if a target lies outside vgen or the arguments do not fit its constructor.
+    """
+    _check_targets(config)
+    try:
+        return instantiate(config, **arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        raise UserError(f"{config.get('_target_')} cannot be built from its configuration: {cause or error}") from error
+
+
+def _check_targets(node: Any) -> None:
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None:
+            defined = getattr(get_object(target), "__module__", "") if str(target).startswith("vgen.") else ""
+            if not str(defined).startswith("vgen."):
+                raise UserError(f"_target_: {target} is not one of vgen's own classes or functions; refusing to run it")
+        for value in node.values():
+            _check_targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            _check_targets(value)
+
+
+def _load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    document = read_config(folder, kind)
+    module = build(document["network"])
+    load_strict(module, read_weights(Path(folder) / WEIGHTS), what=str(Path(folder) / WEIGHTS))
+    return module.eval().requires_grad_(False), document
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """Load a frozen tokenizer on the CPU from its release, or from the ``tokenizer/`` of a generator's release.
+
+    Raises:
+        UserError: if the folder is no tokenizer release or the weights do not fit.
+    """
+    inner = Path(folder) / TOKENIZER
+    module, _ = _load(inner if inner.is_dir() else folder, "tokenizer")
+    assert isinstance(module, Tokenizer)
+    return module
+
+
+def load_generator(folder: str | Path) -> tuple[Transformer, dict[str, Any]]:
+    """Load a frozen generator on the CPU.
+
+    Returns:
+        The network and the release's configuration.
+
+    Raises:
+        UserError: if the folder is no generator release or the weights do not fit.
+    """
+    module, document = _load(folder, "generator")
+    assert isinstance(module, Transformer)
+    return module, document
+
+
+def make_plan_for(generator: Transformer, schedule: dict[str, Any]) -> Plan:
+    """Build the plan of a schedule configuration for the grid and condition of a generator."""
+    return build(schedule)(grid=generator.grid, num_condition=generator.num_condition)
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    schedule: dict[str, Any] | None = None,
+) -> Pipeline:
+    """Load everything needed to sample from a generator's release.
+
+    Args:
+        folder: release of a generator, with its tokenizer inside.
+        device: where to run.
+        dtype: of the generator; the tokenizer stays in float32.
+        schedule: schedule configuration to decode with; null = the one the generator was trained with.
+
+    Raises:
+        UserError: for a damaged release or parts that do not fit.
+    """
+    generator, document = load_generator(folder)
+    plan = make_plan_for(generator, document["schedule"] if schedule is None else schedule)
+    tokenizer = load_tokenizer(folder)
+    rope = generator.rope
+    generator = generator.to(device, dtype)
+    generator.rope = rope.to(device)
+    return Pipeline(generator=generator, tokenizer=tokenizer.to(device), plan=plan)

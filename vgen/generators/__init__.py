@@ -1,0 +1,1 @@
+"""The one autoregressive transformer and its conditioning."""

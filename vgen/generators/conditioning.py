@@ -1,0 +1,69 @@
+"""What a generator is conditioned on, as embeddings for the condition slots of a plan."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ClassCondition(nn.Module):
+    """One slot with a learned vector per class; the extra last row is the null class (LlamaGen section 3.2).
+
+    Args:
+        num_classes: number of real classes.
+        dim: width of the generator.
+    """
+
+    num_slots = 1
+
+    def __init__(self, *, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed labels.
+
+        Args:
+            condition: int64 [B], 0..num_classes (num_classes = null).
+            drop: bool [B], samples that get the null class instead.
+
+        Returns:
+            [B, 1, dim].
+        """
+        if drop is not None:
+            condition = torch.where(drop, self.num_classes, condition)
+        return self.embedding_table(condition).unsqueeze(1)
+
+
+class TextCondition(nn.Module):
+    """Projected text features, one slot per feature (LlamaGen section 3.2).
+
+    Args:
+        caption_dim: width of the text features (2048 for FLAN-T5-XL).
+        num_slots: number of features per caption, left padded (120).
+        dim: width of the generator.
+    """
+
+    uncond_embedding: Tensor
+
+    def __init__(self, *, caption_dim: int, num_slots: int, dim: int) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.register_buffer("uncond_embedding", torch.randn(num_slots, caption_dim) / caption_dim**0.5)
+
+    def forward(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed captions.
+
+        Args:
+            condition: float [B, num_slots, caption_dim], zeros where padded.
+            drop: bool [B], captions replaced as a whole by the fixed null features.
+
+        Returns:
+            [B, num_slots, dim].
+        """
+        condition = condition.to(self.fc1.weight.dtype)
+        if drop is not None:
+            condition = torch.where(drop[:, None, None], self.uncond_embedding.to(condition.dtype), condition)
+        return self.fc2(F.gelu(self.fc1(condition), approximate="tanh"))

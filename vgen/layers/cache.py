@@ -1,0 +1,59 @@
+"""Key-value cache: fixed buffers, written by row, passed as an argument."""
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of all layers.
+
+    Args:
+        layers: number of attention layers.
+        batch: rows of the batch (both guidance branches counted).
+        heads: number of key-value heads.
+        rows: number of cache rows (slots).
+        head_dim: width of a head.
+        device: where the buffers live.
+        dtype: of the buffers.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        rows: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.buffer = torch.zeros(layers, 2, batch, heads, rows, head_dim, device=device, dtype=dtype)
+
+    def narrow(self, batch: int) -> None:
+        """Keep only the first samples: the guidance branch behind them is not needed any more."""
+        self.buffer = self.buffer[:, :, :batch]
+
+    def write(
+        self, layer: int, key: Tensor, value: Tensor, rows: Tensor, row_start: int, prefix: int
+    ) -> tuple[Tensor, Tensor]:
+        """Store the keys and values [B, heads, F, head_dim] of the fed slots and return those of the visible prefix.
+
+        Args:
+            layer: index of the attention layer.
+            key: keys of the fed slots.
+            value: values of the fed slots.
+            rows: int64 [F], rows to write.
+            row_start: first row if they are consecutive (written without an index), else -1.
+            prefix: number of leading rows to return.
+
+        Returns:
+            Keys and values, views [B, heads, prefix, head_dim].
+        """
+        for slot, new in enumerate((key, value)):
+            store = self.buffer[layer, slot]
+            if row_start >= 0:
+                store[:, :, row_start : row_start + new.shape[2]] = new
+            else:
+                store.index_copy_(2, rows, new.to(store.dtype))
+        return self.buffer[layer, 0, :, :, :prefix], self.buffer[layer, 1, :, :, :prefix]

@@ -1,0 +1,33 @@
+"""Feed-forward layers."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def swiglu_width(dim: int, *, multiplier: float | None = None, multiple_of: int = 256) -> int:
+    """Hidden width of Llama's feed-forward layer: 8/3 dim, times an optional multiplier, rounded up to a multiple."""
+    width = int(2 * 4 * dim / 3)
+    if multiplier is not None:
+        width = int(multiplier * width)
+    return multiple_of * ((width + multiple_of - 1) // multiple_of)
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), no biases (arXiv 2002.05202).
+
+    Args:
+        dim: width of the residual stream.
+        hidden: inner width.
+        dropout: probability on the output.
+    """
+
+    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., dim] to [..., dim]."""
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))

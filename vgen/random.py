@@ -1,0 +1,40 @@
+"""Counter-based random numbers: a value depends only on its keys, never on batch size, process or call order."""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """One round of a 32-bit integer finaliser, kept in int64 so that it runs alike on every device."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
+    return x ^ (x >> 16)
+
+
+def keyed_uniform(*keys: Tensor | int) -> Tensor:
+    """Uniform numbers in [0, 1) keyed by integers.
+
+    Args:
+        keys: non-negative integers or int64 tensors (below 2**62) that broadcast against each other, for example
+            (seed, sample index [B, 1], position [N]). Equal keys give equal numbers on every device.
+
+    Returns:
+        float64 tensor of the broadcast shape with 48 random bits.
+    """
+    tensors = [k for k in keys if isinstance(k, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    high = torch.full((), 0x243F6A88, dtype=torch.int64, device=device)
+    low = torch.full((), 0x85A308D3, dtype=torch.int64, device=device)
+    for key in keys:
+        key = torch.as_tensor(key, dtype=torch.int64, device=device)
+        high = _mix((high + (key & _MASK32) + 0x9E3779B9) & _MASK32)
+        low = _mix((low ^ high) + (key >> 32) & _MASK32)
+        high = _mix((high + low * 0x9E3779B1) & _MASK32)
+    return (high * 65536 + (low >> 16)).double() / 2.0**48
+
+
+def keyed_permutation(length: int, *keys: int) -> Tensor:
+    """A random permutation of 0..length-1 (int64 [length]) keyed by integers."""
+    return keyed_uniform(*keys, torch.arange(length)).argsort()

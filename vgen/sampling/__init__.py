@@ -1,0 +1,1 @@
+"""The one decoding loop, guidance, filters and the labels-to-pixels pipeline."""

@@ -1,0 +1,168 @@
+"""From labels to pictures: the only place where generator and tokenizer meet."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vgen.errors import UserError
+from vgen.generators.conditioning import ClassCondition
+from vgen.generators.transformer import Transformer
+from vgen.pixels import to_uint8
+from vgen.random import keyed_permutation, keyed_uniform
+from vgen.runtime import progress_bar, rank, world_size
+from vgen.sampling.decode import decode
+from vgen.sampling.settings import Sampling
+from vgen.schedules.plan import Plan
+from vgen.tokenizers.base import Tokenizer
+
+
+class Pipeline:
+    """A generator, the tokenizer whose ids it speaks, and the order to decode in.
+
+    Args:
+        generator: class-conditional network.
+        tokenizer: turns ids into pixels.
+        plan: decode order.
+
+    Raises:
+        UserError: if vocabulary, grid or plan do not fit together.
+    """
+
+    def __init__(self, *, generator: Transformer, tokenizer: Tokenizer, plan: Plan) -> None:
+        check_compatible(generator, tokenizer)
+        generator.check_plan(plan)
+        if not isinstance(generator.condition, ClassCondition):
+            raise UserError("labels-to-pictures sampling needs a class-conditional generator")
+        self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
+        self.num_classes = generator.condition.num_classes
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.generator.rope.device
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Refuse labels outside 0..num_classes (num_classes asks for unconditional samples).
+
+        Raises:
+            UserError: naming the range.
+        """
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > self.num_classes):
+            bad = labels[(labels < 0) | (labels > self.num_classes)][0]
+            raise UserError(
+                f"class label {int(bad)} is out of range: the generator knows 0..{self.num_classes - 1} "
+                f"({self.num_classes} = unconditional)"
+            )
+
+    def generate_ids(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]."""
+        self.check_labels(labels)
+        return decode(
+            self.generator,
+            self.plan,
+            labels.to(self.device),
+            sampling=sampling,
+            sample_index=sample_index.to(self.device),
+        )
+
+    @torch.inference_mode()
+    def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Pictures uint8 [B, 3, H, W] for labels int64 [B] and sample indices int64 [B]."""
+        return to_uint8(self.tokenizer.decode(self.generate_ids(labels, sample_index, sampling)))
+
+
+def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:
+    """Refuse a generator that does not speak the ids of the tokenizer.
+
+    Raises:
+        UserError: naming the two values that differ.
+    """
+    if generator.vocab_size != tokenizer.codebook_size:
+        raise UserError(
+            f"generator.vocab_size={generator.vocab_size} differs from the tokenizer's codebook of "
+            f"{tokenizer.codebook_size} codes; use the tokenizer the generator was trained with"
+        )
+    if tuple(generator.grid) != tuple(tokenizer.grid):
+        raise UserError(
+            f"generator.grid={tuple(generator.grid)} differs from the tokenizer's grid {tuple(tokenizer.grid)}; use "
+            "the tokenizer the generator was trained with, at its image size"
+        )
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Finished samples, on the CPU.
+
+    Attributes:
+        index: int64 [B], sample indices.
+        labels: int64 [B].
+        images: uint8 [B, 3, H, W].
+    """
+
+    index: Tensor
+    labels: Tensor
+    images: Tensor
+
+
+def make_labels(kind: str, count: int, num_classes: int, *, seed: int) -> Tensor:
+    """Labels of a sampling run, the same for any batch size or number of processes.
+
+    Args:
+        kind: ``balanced`` (every class equally often, in a seeded mixed order), ``random`` (uniform draws, as LlamaGen
+            and its descendants are scored), or class numbers joined by commas, repeated in turn.
+        count: number of samples.
+        num_classes: number of classes.
+        seed: keys the draws.
+
+    Returns:
+        int64 [count].
+
+    Raises:
+        UserError: for an unknown kind or a class out of range.
+    """
+    if kind == "balanced":
+        return (torch.arange(count) % num_classes)[keyed_permutation(count, seed, 1)]
+    if kind == "random":
+        return (keyed_uniform(seed, 2, torch.arange(count)) * num_classes).long()
+    try:
+        chosen = torch.tensor([int(part) for part in str(kind).split(",")])
+    except ValueError as error:
+        raise UserError(f"labels={kind} must be balanced, random or class numbers such as 3 or 0,1,2") from error
+    if int(chosen.min()) < 0 or int(chosen.max()) > num_classes:
+        raise UserError(f"labels={kind}: classes are 0..{num_classes - 1} ({num_classes} = unconditional)")
+    return chosen[torch.arange(count) % len(chosen)]
+
+
+def sample_stream(
+    pipeline: Pipeline,
+    labels: Tensor,
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    done: Tensor | None = None,
+) -> Iterator[SampleBatch]:
+    """Generate this process's share of the samples, batch by batch.
+
+    Sample i belongs to process i mod world size; its picture depends only on (seed, i, label).
+
+    Args:
+        pipeline: generator and tokenizer.
+        labels: int64 [num_samples], labels of ALL samples.
+        sampling: settings.
+        batch_size: samples per batch.
+        done: bool [num_samples], samples to skip because an earlier run finished them.
+
+    Raises:
+        UserError: for a label out of range, before any work.
+    """
+    pipeline.check_labels(labels)
+    mine = torch.arange(rank(), len(labels), world_size())
+    if done is not None:
+        mine = mine[~done[mine]]
+    with progress_bar("sampling", total=len(mine), unit="img") as bar:
+        for index in mine.split(batch_size):
+            images = pipeline.generate(labels[index], index, sampling).cpu()
+            bar.update(len(index))
+            yield SampleBatch(index, labels[index], images)

@@ -1,0 +1,98 @@
+"""Sampling settings, validated when they are made."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from vgen.errors import UserError
+
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: logits = uncond + w (cond - uncond), in float32.
+
+    With t = share of tokens decided before the pass:
+    ``constant`` w = scale; ``linear`` w = 1 + (scale - 1) t (RandAR);
+    ``power-cosine`` w = 1 + (scale - 1) (1 - cos(pi t^power)) / 2 (RAR).
+
+    Attributes:
+        scale: guidance scale, >= 0; 1 = conditional logits alone.
+        schedule: how w moves while decoding.
+        power: exponent of power-cosine, >= 0; 0 gives w = scale throughout.
+        start: tokens decided before which w = 1.
+        end: tokens decided from which on w = 1; null = never. LlamaGen's cfg_interval c is end = c + 2.
+    """
+
+    scale: float = 1.0
+    schedule: GuidanceSchedule = "constant"
+    power: float = 1.0
+    start: int = 0
+    end: int | None = None
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: for a value out of range, naming its key.
+        """
+        if not (math.isfinite(self.scale) and 0 <= self.scale <= 100):
+            raise UserError(f"sampling.guidance.scale={self.scale} must lie in [0, 100] (1 = no guidance)")
+        if self.schedule not in get_args(GuidanceSchedule):
+            names = ", ".join(get_args(GuidanceSchedule))
+            raise UserError(f"sampling.guidance.schedule={self.schedule} is unknown; choose one of {names}")
+        if not (math.isfinite(self.power) and self.power >= 0):
+            raise UserError(f"sampling.guidance.power={self.power} must be a number >= 0")
+        if self.start < 0 or (self.end is not None and self.end < self.start):
+            raise UserError(f"sampling.guidance: start={self.start}, end={self.end} must satisfy 0 <= start <= end")
+
+    def weight(self, decided: int, total: int) -> float:
+        """Guidance weight of a pass that starts with ``decided`` of ``total`` tokens known."""
+        if decided < self.start or (self.end is not None and decided >= self.end):
+            return 1.0
+        share = decided / total
+        if self.schedule == "linear":
+            return 1.0 + (self.scale - 1.0) * share
+        if self.schedule == "power-cosine":
+            return 1.0 + (self.scale - 1.0) * (1.0 - math.cos(math.pi * share**self.power)) / 2.0
+        return self.scale
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Everything that decides which tokens are drawn.
+
+    Attributes:
+        seed: with the sample's index and the token's position it keys every random number.
+        temperature: > 0; logits are divided by it.
+        top_k: >= 0; 0 = off.
+        top_p: in (0, 1]; 1 = off.
+        greedy: take the most likely token.
+        guidance: classifier-free guidance.
+    """
+
+    seed: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+    guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: for a value out of range, naming its key.
+        """
+        if not (math.isfinite(self.temperature) and 0 < self.temperature <= 100):
+            raise UserError(
+                f"sampling.temperature={self.temperature} must lie in (0, 100]; for the most likely token use "
+                "sampling.greedy=true"
+            )
+        if self.top_k < 0:
+            raise UserError(f"sampling.top_k={self.top_k} must be >= 0 (0 = off)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p={self.top_p} must lie in (0, 1] (1 = off)")
+        if self.seed < 0:
+            raise UserError(f"sampling.seed={self.seed} must be >= 0")
