@@ -274,12 +274,15 @@ class Step:
         targets: order indices decided.
         rows: cache rows, by default the slot numbers.
         sources: what token slots are fed, by default the slots' own sources; another source is a provisional token.
+        visible: bool [F, rows of the plan], what the fed slots see instead of what :func:`make_plan` derives; for
+            decoders that read cache rows nobody wrote, which hold zeros.
     """
 
     slots: Sequence[int]
     targets: Sequence[int]
     rows: Sequence[int] | None = None
     sources: Sequence[int] | None = None
+    visible: Tensor | None = None
 
 
 def make_plan(
@@ -303,19 +306,23 @@ def make_plan(
     """Complete a plan: render what every pass sees from the levels and from the cache rows written so far.
 
     A fed slot sees a cache row iff the row holds a slot (written by this or an earlier pass) whose ``level_k`` does not
-    exceed the fed slot's ``level_q``. Arguments are those of :class:`Plan` and :class:`Step`.
+    exceed the fed slot's ``level_q``; a row that holds a provisional token is seen only by the slot that wrote it.
+    Arguments are those of :class:`Plan` and :class:`Step`.
     """
     forwards: list[Forward] = []
     num_rows = 1 + max(max(step.slots if step.rows is None else step.rows) for step in steps)
     occupant = torch.full((num_rows,), -1)
+    provisional = torch.zeros(num_rows, dtype=torch.bool)
     for step in steps:
         slots = torch.as_tensor(step.slots, dtype=torch.int64)
         rows = slots if step.rows is None else torch.as_tensor(step.rows, dtype=torch.int64)
-        occupant[rows] = slots
+        fed = source[slots] if step.sources is None else torch.as_tensor(step.sources, dtype=torch.int64)
+        occupant[rows], provisional[rows] = slots, fed != source[slots]
         visible = (occupant >= 0) & (level_k[occupant][None, :] <= level_q[slots][:, None])
+        visible &= ~provisional | (rows[:, None] == torch.arange(num_rows))
+        visible = visible if step.visible is None else step.visible
         prefix = int(visible.any(0).nonzero().max()) + 1
         visible = visible[:, :prefix]
-        fed = source[slots] if step.sources is None else torch.as_tensor(step.sources, dtype=torch.int64)
         consecutive = torch.equal(rows, torch.arange(int(rows[0]), int(rows[0]) + len(rows)))
         targets = torch.as_tensor(step.targets, dtype=torch.int64)
         forwards.append(

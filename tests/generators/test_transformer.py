@@ -1,0 +1,132 @@
+import pytest
+import torch
+from torch import nn
+
+from tests.generators.helpers import tiny_generator
+from vgen.errors import UserError
+from vgen.generators.conditioning import ClassCondition, TextCondition
+from vgen.generators.transformer import Transformer
+from vgen.losses.tokens import token_cross_entropy
+from vgen.schedules.raster import raster
+
+PLAN = raster(grid=(3, 4))
+
+
+def test_a_future_token_never_changes_a_past_logit_and_every_past_token_does():
+    generator = tiny_generator(PLAN)
+    ids, labels = torch.randint(23, (1, 12)), torch.tensor([2])
+    base = generator.logits(ids, labels, PLAN)
+    for changed in range(12):
+        other = ids.clone()
+        other[0, changed] = (other[0, changed] + 1) % 23
+        moved = (generator.logits(other, labels, PLAN) - base).abs().amax(-1)[0] > 0
+        assert not moved[: changed + 1].any()
+        assert moved[changed + 1 :].all()
+
+
+def test_dropped_samples_get_the_null_condition_and_no_other():
+    generator = tiny_generator(PLAN)
+    ids = torch.randint(23, (2, 12))
+    mixed = generator.logits(ids, torch.tensor([1, 3]), PLAN, drop=torch.tensor([False, True]))
+    plain = generator.logits(ids, torch.tensor([1, 5]), PLAN)
+    torch.testing.assert_close(mixed, plain)
+    assert (generator.logits(ids, torch.tensor([1, 3]), PLAN)[1] - plain[1]).abs().max() > 1e-3
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        generator = tiny_generator(
+            PLAN, gradient_checkpointing=checkpointing, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0
+        ).train()
+        torch.manual_seed(1)
+        ids = torch.randint(23, (2, 12))
+        token_cross_entropy(generator.logits(ids, torch.tensor([0, 1]), PLAN), ids).backward()
+        gradients.append([p.grad.clone() for p in generator.parameters()])
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_dropout_acts_only_in_training():
+    generator = tiny_generator(PLAN)
+    ids, labels = torch.randint(23, (1, 12)), torch.tensor([0])
+    assert torch.equal(generator.logits(ids, labels, PLAN), generator.logits(ids, labels, PLAN))
+    generator.train()
+    assert not torch.equal(generator.logits(ids, labels, PLAN), generator.logits(ids, labels, PLAN))
+
+
+def test_initialisation_follows_the_reference():
+    generator = Transformer(
+        vocab_size=512, grid=(2, 2), condition=ClassCondition(num_classes=9, dim=128), dim=128, depth=2, heads=4
+    )
+    assert (generator.outputs[0].weight == 0).all()
+    assert all((norm.weight == 1).all() for norm in generator.norms)
+    assert abs(generator.layers[0].attention.wqkv.weight.std().item() - 0.02) < 1e-3
+    assert abs(generator.tok_embeddings.weight.std().item() - 0.02) < 1e-3
+
+
+def test_half_precision_weights_keep_float32_logits():
+    generator = tiny_generator(PLAN)
+    rope = generator.rope
+    ids = torch.randint(23, (1, 12))
+    exact = generator.logits(ids, torch.tensor([0]), PLAN)
+    generator = generator.to(torch.bfloat16)
+    generator.rope = rope
+    rough = generator.logits(ids, torch.tensor([0]), PLAN)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize(
+    "options", [{"dim": 33}, {"dim": 30, "heads": 10}, {"heads": 2, "kv_heads": 3}, {"rope_placeless": "none"}]
+)
+def test_sizes_that_do_not_fit_are_refused(options):
+    with pytest.raises(UserError, match="generator"):
+        tiny_generator(PLAN, **options)
+
+
+def test_a_plan_for_another_grid_or_network_is_refused():
+    generator = tiny_generator(PLAN)
+    with pytest.raises(UserError, match="grid"):
+        generator.check_plan(raster(grid=(4, 3)))
+    with pytest.raises(UserError, match="trained for another schedule"):
+        generator.check_plan(raster(grid=(3, 4), num_condition=2))
+
+
+def test_padded_caption_slots_influence_nothing_else():
+    torch.manual_seed(0)
+    plan = raster(grid=(2, 3), num_condition=4)
+    generator = Transformer(
+        vocab_size=11,
+        grid=(2, 3),
+        condition=TextCondition(caption_dim=6, num_slots=4, dim=32),
+        dim=32,
+        depth=2,
+        heads=2,
+    ).eval()
+    nn.init.normal_(generator.outputs[0].weight)
+    ids, text = torch.randint(11, (1, 6)), torch.randn(1, 4, 6)
+    padding = torch.tensor([[False, False, True, True]])
+    other = text.clone()
+    other[:, :2] += 1.0
+    base = generator.logits(ids, text, plan, padding=padding)
+    torch.testing.assert_close(generator.logits(ids, other, plan, padding=padding), base)
+    assert (generator.logits(ids, other, plan) - generator.logits(ids, text, plan)).abs().max() > 1e-3
+
+
+def test_the_network_memorises_sequences_and_decodes_them_back():
+    from vgen.sampling.decode import decode
+    from vgen.sampling.settings import Sampling
+
+    plan = raster(grid=(3, 3))
+    generator = tiny_generator(plan, vocab_size=7, num_classes=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+    generator.train()
+    ids, labels = torch.randint(7, (4, 9)), torch.arange(4)
+    optimizer = torch.optim.AdamW(generator.parameters(), lr=5e-3)
+    for _ in range(150):
+        loss = token_cross_entropy(generator.logits(ids, labels, plan), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    decoded = decode(generator.eval(), plan, labels, sampling=Sampling(), sample_index=torch.arange(4))
+    assert torch.equal(decoded, ids)

@@ -1,0 +1,87 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+import evaluate
+from tests.evaluation.helpers import save_npz
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Run evaluate.py in this process; returns the exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        status = 0
+        try:
+            evaluate.main()
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_digits_from_an_npz(command, tmp_path):
+    save_npz(tmp_path / "samples.npz", 20, seed=0, size=16)
+    status, out, _ = command("samples=samples.npz", "data=digits", "evaluation.metrics=[nearest]", "out=sub/r.json")
+    assert status == 0
+    assert "nearest_ratio" in out
+    report = json.loads((tmp_path / "sub" / "r.json").read_text())
+    assert (report["n_samples"], report["n_reference"]) == (20, 1500)
+    assert (tmp_path / "sub" / "r_nearest.png").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.npz", "sub"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "nothing to score"),
+        (("samples=gone.npz", "data=digits"), "samples=gone.npz does not exist"),
+        (("samples=data.val", "data=parquet"), "data.path"),
+        (("samples=data.val", "data=digits", "data.image_size=0"), "data.image_size=0"),
+        (("checkpoint=gone", "sampling.temperature=0"), "gone is not a release folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(command, arguments, message):
+    status, out, err = command(*arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_an_unknown_key_is_refused(command):
+    status, _, err = command("sample=x.npz")
+    assert status == 1
+    assert "sample" in err
+    assert "not in struct" in err
+
+
+@pytest.mark.parametrize("group", ["default", "fid", "cifar10"])
+def test_every_group_composes(command, group):
+    status, out, _ = command("--cfg", "job", f"evaluation={group}")
+    assert status == 0
+    assert "metrics:" in out
+
+
+def test_help_says_how(command):
+    status, out, _ = command("--help")
+    assert not status
+    assert "python evaluate.py samples=" in out
+    assert "evaluation: cifar10, default, fid" in out
+
+
+def test_as_a_program(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), "samples=gone"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []

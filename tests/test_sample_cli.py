@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import numpy as np
+
+from tests.checkpoints.helpers import tiny_release
+from tests.paths import ROOT
+
+
+def sample(*arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(ROOT / "sample.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_write_the_same_file_as_one(tmp_path):
+    release = tiny_release(tmp_path)
+    common = [f"checkpoint={release}", "num_samples=9", "batch_size=2", "device=cpu", "sampling.guidance.scale=2"]
+    one = sample(*common, f"out={tmp_path / 'one'}")
+    assert one.returncode == 0, one.stderr
+    assert "samples.npz" in one.stdout
+    assert "img/s" in one.stderr
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713")
+    two = sample(*common, f"out={tmp_path / 'two'}", launcher=torchrun)
+    assert two.returncode == 0, two.stderr
+    first, second = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
+    assert np.array_equal(first, second)
+
+
+def test_mistakes_end_with_one_line_and_status_2(tmp_path):
+    run = sample(f"checkpoint={tmp_path}")
+    assert run.returncode == 2
+    assert run.stderr.strip().startswith("error: ")
+    assert len(run.stderr.strip().splitlines()) == 1
+
+
+def test_unknown_key_is_refused():
+    run = sample("checkpoint=x", "bogus=1")
+    assert run.returncode != 0
+    assert "bogus" in run.stderr

@@ -1,0 +1,90 @@
+"""Tiny runs of the real configuration."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from vgen.data.digits import digits
+from vgen.data.source import DataSource
+from vgen.training.run import Result, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+COMMON = [
+    "data._target_=tests.training.helpers.few_digits",
+    "trainer=cpu",
+    "num_threads=1",
+    "every.log=1",
+    "every.validate=0",
+    "every.pictures=0",
+    "every.checkpoint=1000",
+]
+TOKENIZER = [
+    *COMMON,
+    "task=tokenizer",
+    "tokenizer.image_size=8",
+    "data.image_size=8",
+    "tokenizer.base_channels=8",
+    "tokenizer.z_channels=8",
+    "tokenizer.encoder_multipliers=[1,1,1]",
+    "tokenizer.decoder_multipliers=[1,1,1]",
+    "tokenizer.codebook_size=32",
+    "tokenizer.usage_window=64",
+    "task.optimizer.lr=1e-3",
+    "task.batch_size=8",
+]
+GENERATOR = [
+    *COMMON,
+    "task=generator",
+    "~tokenizer",
+    "generator=digits",
+    "schedule=raster",
+    "data.image_size=8",
+    "generator.dim=16",
+    "generator.depth=2",
+    "generator.heads=2",
+    "task.optimizer.lr=1e-2",
+    "task.batch_size=8",
+    "task.cache_codes=false",
+]
+
+
+def few_digits(**settings) -> DataSource:
+    """180 training and 41 validation images."""
+    source = digits(**settings)
+    return replace(source, train=source.train.subset(torch.arange(180)), val=source.val.subset(torch.arange(41)))
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def run(folder: Path, *overrides: str) -> Result:
+    return train(composed(*overrides, f"run_dir={folder}", f"paths.cache={folder.parent / 'cache'}"))
+
+
+def column(result: Result, name: str) -> list[float]:
+    """Values of a column of metrics.csv, in the order of the steps."""
+    import csv
+
+    with result.metrics.open() as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two nested containers of tensors and plain values are equal, bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b

@@ -1,0 +1,74 @@
+"""Every recipe composes, passes the checks made before work, and builds its networks."""
+
+import pytest
+import torch
+
+from tests.training.helpers import CONFIGS, composed
+from vgen.generators.transformer import Transformer
+from vgen.tokenizers.base import Tokenizer
+from vgen.training.parts import complete_generator
+from vgen.training.settings import check, make, resolve
+
+RECIPES = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+TRAINERS = sorted(path.stem for path in (CONFIGS / "trainer").glob("*.yaml"))
+PARAMETERS = {
+    "llamagen_b": 110_888_448,
+    "llamagen_l": 342_910_976,
+    "llamagen_xl": 774_699_520,
+    "llamagen_xxl": 1_410_972_672,
+    "llamagen_3b": 3_096_659_200,
+    "imagenet256_vq16": 71_883_403,
+}
+# Tokenizers that generator recipes expect as a release.
+TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
+
+
+def settings_of(recipe: str) -> dict:
+    needed = [] if recipe.startswith("digits") else ["data.path=/somewhere"]
+    return resolve(composed(f"experiment={recipe}", *needed))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_builds(recipe):
+    settings = settings_of(recipe)
+    check(settings)
+    assert settings["run_name"] == recipe
+    assert settings["run_dir"] == f"runs/{recipe}"
+    make(settings["task"]["lr_schedule"], "task.lr_schedule")
+    if settings["task"]["name"] == "tokenizer":
+        kind, key, arguments = Tokenizer, "tokenizer", settings["tokenizer"]
+    else:
+        vocabulary, grid, classes = TOKENS.get(recipe, (16384, (16, 16), 1000))
+        kind, key = Transformer, "generator"
+        arguments = complete_generator(
+            settings["generator"], settings["schedule"], vocab_size=vocabulary, grid=grid, num_classes=classes
+        )
+    with torch.device("meta"):
+        network = make(arguments, key)
+    assert isinstance(network, kind)
+    if recipe in PARAMETERS:
+        assert sum(p.numel() for p in network.parameters()) == PARAMETERS[recipe]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_opens_with_its_command(recipe):
+    lines = (CONFIGS / "experiment" / f"{recipe}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith(f"# python train.py experiment={recipe}")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb", "none"])
+def test_trainers_and_loggers_compose(trainer, logger):
+    settings = resolve(composed(f"trainer={trainer}", f"logger={logger}"))
+    if isinstance(settings["trainer"]["strategy"], dict):
+        make(settings["trainer"]["strategy"], "trainer.strategy")
+    assert ("csv" in settings["logger"]) and (settings["logger"]["csv"] is None) == (logger == "none")
+
+
+def test_larger_recipes_differ_from_the_smallest_in_what_they_say():
+    base, large = settings_of("llamagen_b"), settings_of("llamagen_xxl")
+    assert large["task"] | {"lr_schedule": None} == base["task"] | {"lr_schedule": None}
+    assert large["generator"]["dim"] == 1536
+    assert large["trainer"]["strategy"]["_target_"] == "vgen.training.sharding.fsdp"
+    assert large["trainer"]["max_steps"] == 250_228

@@ -1,0 +1,44 @@
+"""From the configuration of sample.py to a finished folder of samples."""
+
+from omegaconf import DictConfig, OmegaConf
+
+from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline
+from vgen.processes import joined
+from vgen.runtime import pick_device, pick_dtype
+from vgen.sampling.job import run_sampling
+
+
+def sample(config: DictConfig) -> None:
+    """Run the sampling job that configs/sample.yaml describes and print the files written.
+
+    Raises:
+        UserError: for anything wrong in the configuration, the checkpoint or the output folder.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    device = pick_device(plain["device"])
+    sampling = build(plain["sampling"])
+    pipeline = load_pipeline(
+        plain["checkpoint"], device=device, dtype=pick_dtype(plain["dtype"]), schedule=plain.get("schedule")
+    )
+    identity = {
+        "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
+        "sampling": plain["sampling"],
+        "schedule": plain.get("schedule"),
+        "dtype": plain["dtype"],
+    }
+    with joined(device) as peers:
+        files = run_sampling(
+            pipeline,
+            sampling,
+            peers=peers,
+            identity=identity,
+            out=plain["out"],
+            num_samples=plain["num_samples"],
+            labels=str(plain["labels"]),
+            batch_size=plain["batch_size"],
+            fmt=plain["format"],
+            grid_pictures=plain["grid_pictures"],
+        )
+        if peers.rank == 0:
+            print("\n".join(str(path) for path in files))

@@ -1,0 +1,1 @@
+"""Data sets, transforms, resumable loading and cached token codes."""

@@ -1,0 +1,1 @@
+"""Scores of samples and reconstructions, and the reports that carry them."""

@@ -1,0 +1,1 @@
+"""Tokenizers: pixels to token ids and back."""

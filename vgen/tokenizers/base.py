@@ -1,0 +1,87 @@
+"""What every image tokenizer offers to the rest of the house."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenizerOutput:
+    """Result of a training forward pass.
+
+    Attributes:
+        reconstruction: float32 [B, 3, H, W], nominally in [-1, 1], not clamped.
+        ids: int64 [B, N], token ids in raster order.
+        losses: scalar terms of the quantizer, already weighted, ready to be summed.
+    """
+
+    reconstruction: Tensor
+    ids: Tensor
+    losses: dict[str, Tensor]
+
+
+class Tokenizer(nn.Module, ABC):
+    """Turns pixels into a grid of integers and back.
+
+    Attributes:
+        image_size: side in pixels of the square images the tokenizer was configured for.
+        grid: shape of the token grid at that size.
+        codebook_size: number of distinct ids; ids are 0 .. codebook_size - 1.
+    """
+
+    def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int):
+        super().__init__()
+        self.image_size = image_size
+        self.grid = grid
+        self.codebook_size = codebook_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image at `image_size`."""
+        return math.prod(self.grid)
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The vectors the decoder sees, float32 [K, C]."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last layer, where the adaptive adversarial weight balances gradients."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1] [B, 3, H, W] to ids int64 [B, N]."""
+
+    @abstractmethod
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids int64 [B, N] to float32 pixels [B, 3, H, W], not clamped."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> TokenizerOutput:
+        """Encode, quantize with a gradient path, and decode."""
+
+    def statistics(self, ids: Tensor) -> dict[str, Tensor]:
+        """Figures about code use worth logging, as scalars on the device of `ids` (int64 of any shape)."""
+        return {"perplexity": perplexity(ids, self.codebook_size)}
+
+
+def perplexity(ids: Tensor, codebook_size: int) -> Tensor:
+    """Effective number of codes in a batch: exp of the entropy of the histogram of `ids`.
+
+    Args:
+        ids: int64 of any shape.
+        codebook_size: number of codes.
+
+    Returns:
+        float32 scalar between 1 (a single code) and `codebook_size` (all equally often). Built without waiting for the
+        device, unlike torch.bincount.
+    """
+    flat = ids.reshape(-1)
+    counts = torch.zeros(codebook_size, device=ids.device)
+    counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
+    return torch.special.entr(counts / flat.numel()).sum().exp()

@@ -1,0 +1,123 @@
+"""Training of a generator on token ids, given or encoded on the fly by a frozen tokenizer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from vgen.generators.transformer import Transformer
+from vgen.losses.tokens import token_accuracy, token_cross_entropy
+from vgen.random import keyed_uniform
+from vgen.schedules.plan import Plan
+from vgen.tokenizers.base import Tokenizer
+from vgen.training.module import MakeOptimizer, TrainingModule
+
+_CONDITION_STREAM = 102
+
+
+class GeneratorModule(TrainingModule):
+    """Next-token training of a generator.
+
+    Args:
+        generator: network with ``logits(ids, condition, plan, drop)``.
+        tokenizer: frozen tokenizer. It is kept out of the module tree, so it is neither saved nor wrapped.
+        plan: decode order the generator is trained for.
+        optimizer: function of (named parameters, names of matrices).
+        condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
+        compile_network: compile the teacher-forced pass.
+        shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
+    """
+
+    task = "generator"
+
+    def __init__(
+        self,
+        *,
+        generator: Transformer,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        optimizer: MakeOptimizer,
+        condition_dropout: float,
+        compile_network: bool,
+        **shared: Any,
+    ) -> None:
+        super().__init__(network=generator, **shared)
+        self.plan = plan
+        self.condition_dropout = condition_dropout
+        self._make_optimizer = optimizer
+        self._matrices = self.matrices()
+        self._frozen = [tokenizer.eval().requires_grad_(False)]
+        self._logits = torch.compile(generator.logits) if compile_network else generator.logits
+
+    @property
+    def generator(self) -> Transformer:
+        """The network, as a generator."""
+        assert isinstance(self.network, Transformer)
+        return self.network
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The frozen tokenizer."""
+        return self._frozen[0]
+
+    def on_fit_start(self) -> None:
+        """Move the tokenizer, which Lightning does not see, and render the plan outside of any inference mode."""
+        super().on_fit_start()
+        self.tokenizer.to(self.device)
+        self.plan.on(self.device)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer over the generator."""
+        return self.make_optimizer(self._make_optimizer, "network.", self._matrices)
+
+    def token_ids(self, batch: dict[str, Any]) -> Tensor:
+        """The ids of a batch, int64 [B, N]; pixels are encoded in float32 without gradients."""
+        if "ids" in batch:
+            return batch["ids"]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.encode(batch["pixels"])
+
+    def dropped(self, index: Tensor) -> Tensor:
+        """Which samples lose their condition, bool [B]; a function of (seed, epoch, image) only."""
+        return keyed_uniform(self.seed, _CONDITION_STREAM, self.current_epoch, index) < self.condition_dropout
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean cross-entropy in nats per token."""
+        ids = self.token_ids(batch)
+        logits = self._logits(ids, batch["label"], self.plan, drop=self.dropped(batch["index"]))
+        loss = token_cross_entropy(logits, ids)
+        self.record(loss=loss, accuracy=token_accuracy(logits, ids))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Loss and accuracy on held-out images, conditions kept."""
+        ids = self.token_ids(batch)
+        logits = self.generator.logits(ids, batch["label"], self.plan)
+        self.sum_validation(len(ids), loss=token_cross_entropy(logits, ids), accuracy=token_accuracy(logits, ids))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by norm and record the norm before."""
+        self.record(grad_norm=self.clip_gradients_of(self.parameters()))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then fold the new weights into the average, before any callback can save."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+
+    def count_tokens(self) -> int:
+        """Tokens per image."""
+        return self.plan.num_tokens
+
+    def flops_per_image(self, batch: dict[str, Any]) -> float:
+        """Operations of forward and backward (twice the forward) per image, counted on one real forward pass."""
+        ids = self.token_ids(batch)[:1]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.generator.logits(ids, batch["label"][:1], self.plan)
+        return 3.0 * counter.get_total_flops()

@@ -1,0 +1,209 @@
+"""Building the parts of a run from its resolved configuration."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgen.checkpoints.release import load_tokenizer, make_plan_for, read_config
+from vgen.data.codes import tokenizer_fingerprint
+from vgen.data.extract import cache_codes
+from vgen.data.source import CodeSource, DataSource
+from vgen.errors import UserError
+from vgen.runtime import rank, world_size
+from vgen.sampling.pipeline import check_compatible
+from vgen.schedules.plan import Grid, Plan
+from vgen.tokenizers.base import Tokenizer
+from vgen.training.generator_module import GeneratorModule
+from vgen.training.module import TrainingModule
+from vgen.training.settings import Node, make
+from vgen.training.tokenizer_module import TokenizerModule
+
+Source = DataSource | CodeSource
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains and how its result is released.
+
+    Attributes:
+        module: the training module.
+        source: the data, as given by the user.
+        network: resolved constructor arguments of the network, for the release.
+        extra: further entries of the release.
+        tokenizer_release: folder of the frozen tokenizer of a generator, or None.
+    """
+
+    module: TrainingModule
+    source: Source
+    network: Node
+    extra: Node
+    tokenizer_release: Path | None
+
+
+def build_parts(config: Node) -> Parts:
+    """Build data, networks and training module, and check that they fit each other.
+
+    Raises:
+        UserError: for parts that do not fit.
+    """
+    return build_tokenizer(config) if config["task"]["name"] == "tokenizer" else build_generator(config)
+
+
+def build_tokenizer(config: Node) -> Parts:
+    """Parts of ``task=tokenizer``."""
+    task = config["task"]
+    tokenizer = make(config["tokenizer"], "tokenizer")
+    loss = make(task["loss"], "task.loss")
+    discriminator = make(task["discriminator"], "task.discriminator") if loss.needs_discriminator else None
+    module = TokenizerModule(
+        tokenizer=tokenizer,
+        discriminator=discriminator,
+        loss=loss,
+        optimizer=make(task["optimizer"], "task.optimizer"),
+        discriminator_optimizer=make(task["discriminator_optimizer"], "task.discriminator_optimizer"),
+        accumulate=task["accumulate"],
+        compile_network=task["compile"],
+        **_shared(config),
+    )
+    source = make(config["data"], "data")
+    if isinstance(source, CodeSource):
+        raise UserError("data=codes holds token ids; a tokenizer is trained on pictures")
+    _check_image_size(source, tokenizer)
+    return Parts(module, source, config["tokenizer"], _extra(config, source), None)
+
+
+def build_generator(config: Node) -> Parts:
+    """Parts of ``task=generator``."""
+    task = config["task"]
+    release = Path(task["tokenizer"])
+    if not release.is_dir():
+        raise UserError(f"task.tokenizer={release} does not exist; train a tokenizer first and give its release folder")
+    read_config(release, "tokenizer")
+    tokenizer = load_tokenizer(release)
+    source = make(config["data"], "data")
+    _check_data(source, tokenizer)
+    network = complete_generator(
+        config["generator"],
+        config["schedule"],
+        vocab_size=tokenizer.codebook_size,
+        grid=tokenizer.grid,
+        num_classes=source.num_classes,
+    )
+    generator = make(network, "generator")
+    plan = make_plan_for(generator, config["schedule"])
+    check_compatible(generator, tokenizer)
+    generator.check_plan(plan)
+    module = GeneratorModule(
+        generator=generator,
+        tokenizer=tokenizer,
+        plan=plan,
+        optimizer=make(task["optimizer"], "task.optimizer"),
+        condition_dropout=task["condition_dropout"],
+        compile_network=task["compile"],
+        **_shared(config),
+    )
+    return Parts(module, source, network, {"schedule": config["schedule"], **_extra(config, source)}, release)
+
+
+def complete_generator(generator: Node, schedule: Node, *, vocab_size: int, grid: Grid, num_classes: int) -> Node:
+    """Fill in what a generator takes from its tokenizer, its data and its schedule.
+
+    Args:
+        generator: resolved configuration of the network.
+        schedule: resolved configuration of the decode order.
+        vocab_size: codes of the tokenizer.
+        grid: token grid of the tokenizer.
+        num_classes: classes of the data.
+
+    Returns:
+        Complete constructor arguments.
+
+    Raises:
+        UserError: if the configuration states another value than the part it comes from.
+    """
+    condition = dict(generator["condition"])
+    _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
+    network = {**generator, "condition": condition}
+    _fill(network, "vocab_size", vocab_size, "generator", "the tokenizer's codebook")
+    _fill(network, "grid", list(grid), "generator", "the tokenizer's token grid")
+    slots = make(condition, "generator.condition").num_slots
+    plan: Plan = make(schedule, "schedule")(grid=grid, num_condition=slots)
+    _fill(network, "num_readouts", plan.num_heads, "generator", "the schedule's output heads")
+    _fill(network, "num_learned", plan.num_learned, "generator", "the schedule's learned slots")
+    return network
+
+
+def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
+    stated = node.get(name)
+    if stated is not None and stated != value:
+        raise UserError(f"{key}.{name}={stated} does not fit {owner}: {value}; leave it out, it is filled in")
+    node[name] = value
+
+
+def training_data(config: Node, parts: Parts, device: torch.device) -> Source:
+    """The data a run reads batches from: the user's, or codes cached from it (encoded now if need be)."""
+    task, module = config["task"], parts.module
+    if isinstance(module, TokenizerModule) or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
+        return parts.source
+    assert isinstance(module, GeneratorModule)
+    source, augmentation = parts.source, task["cache_augmentation"]
+    tokenizer = tokenizer_fingerprint(module.tokenizer)
+    name = f"{source.name}-{source.train.fingerprint()[:8]}-{tokenizer[:12]}-{augmentation}"
+    return cache_codes(
+        source,
+        module.tokenizer,
+        Path(config["paths"]["cache"]) / "codes" / name,
+        augmentation=augmentation,
+        batch_size=task["cache_batch_size"],
+        device=device,
+        seed=config["seed"],
+        crop_ratios=tuple(task["cache_crop_ratios"]),
+        num_workers=task["num_workers"],
+        # Not the trainer's figures: where the trainer starts its own processes they do not exist yet.
+        rank=rank(),
+        world_size=world_size(),
+    )
+
+
+def _shared(config: Node) -> dict[str, Any]:
+    task = config["task"]
+    return {
+        "lr_schedule": make(task["lr_schedule"], "task.lr_schedule"),
+        "clip": task["clip"],
+        "ema_decay": task["ema"]["decay"],
+        "ema_warmup": task["ema"]["warmup"],
+        "seed": config["seed"],
+        "config": config,
+    }
+
+
+def _extra(config: Node, source: Source) -> Node:
+    data = {"name": source.name, "num_classes": source.num_classes, "class_names": list(source.class_names)}
+    training = {name: config[name] for name in ("data", "task", "seed")}
+    training["max_steps"] = config["trainer"]["max_steps"]
+    return {"data": data, "training": training}
+
+
+def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
+    if source.image_size != tokenizer.image_size:
+        raise UserError(
+            f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; make them equal"
+        )
+
+
+def _check_data(source: Source, tokenizer: Tokenizer) -> None:
+    if isinstance(source, DataSource):
+        _check_image_size(source, tokenizer)
+    elif source.tokenizer_hash != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            "the cached codes of data.path were made by another tokenizer than task.tokenizer; choose the one that "
+            "made them, or encode again"
+        )
+
+
+def release_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The network's part of a training module's state dict, under the network's own names."""
+    return {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}

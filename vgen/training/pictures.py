@@ -1,0 +1,100 @@
+"""Picture grids during training."""
+
+import time
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor
+
+from vgen.pixels import save_grid, to_uint8
+from vgen.sampling.pipeline import Pipeline
+from vgen.sampling.settings import Sampling
+from vgen.training.callbacks import Metrics, StepCallback
+from vgen.training.generator_module import GeneratorModule
+from vgen.training.module import TrainingModule
+from vgen.training.tokenizer_module import TokenizerModule
+
+_READABLE = 512  # pixels; smaller grids are magnified
+_MOST_CLASSES = 10
+
+
+class Pictures(StepCallback):
+    """Every few steps: reconstructions below their originals, or one column of samples per class.
+
+    The averaged weights are shown where there are any. The first process makes the grid while the others wait.
+
+    Args:
+        folder: where PNG files go.
+        every: optimizer steps between two grids.
+        count: originals per grid, or samples per class.
+        originals: pixels [count, 3, H, W] in [-1, 1] (tokenizers).
+        sampling: how to sample (generators).
+        metrics: whose clock is stopped meanwhile.
+    """
+
+    def __init__(
+        self, folder: Path, *, every: int, count: int, originals: Tensor | None, sampling: Sampling, metrics: Metrics
+    ) -> None:
+        super().__init__()
+        self.folder = folder
+        self.every = every
+        self.count = count
+        self.originals = originals
+        self.sampling = sampling
+        self.metrics = metrics
+
+    def on_step(self, trainer: pl.Trainer, module: TrainingModule, batch: dict) -> None:
+        """Write a grid if it is due."""
+        step = trainer.global_step
+        if step % self.every and step != trainer.max_steps:
+            return
+        if isinstance(trainer.strategy, FSDPStrategy):
+            return  # a single process holds a part of every weight only
+        began = time.monotonic()
+        if trainer.is_global_zero:
+            grid, columns = self.draw(module)
+            scale = max(1, _READABLE // (grid.shape[-1] * columns))
+            path = save_grid(grid, self.folder / f"step-{step:08d}.png", columns=columns, scale=scale)
+            self._log(trainer, path, step)
+        trainer.strategy.barrier()
+        self.metrics.pause(time.monotonic() - began)
+
+    def draw(self, module: TrainingModule) -> tuple[Tensor, int]:
+        """Pictures uint8 [n, 3, H, W] and how many stand in a row."""
+        training = module.network.training
+        module.network.eval()
+        try:
+            with torch.no_grad(), module.averaged_weights():
+                if isinstance(module, TokenizerModule):
+                    return self._reconstruct(module)
+                assert isinstance(module, GeneratorModule)
+                return self._sample(module)
+        finally:
+            module.network.train(training)
+
+    def _reconstruct(self, module: TokenizerModule) -> tuple[Tensor, int]:
+        assert self.originals is not None
+        originals = self.originals.to(module.device)
+        rebuilt = module.tokenizer.decode(module.tokenizer.encode(originals))
+        return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
+
+    def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
+        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan)
+        columns = min(_MOST_CLASSES, pipeline.num_classes)
+        chosen = torch.arange(columns) * pipeline.num_classes // columns
+        labels = chosen.repeat(self.count)
+        return pipeline.generate(labels, torch.arange(len(labels)), self.sampling), columns
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, path: Path, step: int) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                from PIL import Image
+                from torchvision.transforms.functional import pil_to_tensor
+
+                logger.experiment.add_image("pictures", pil_to_tensor(Image.open(path)), step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("pictures", [str(path)], step=step)
