@@ -23,8 +23,8 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed ## handwritten digits from pixels to a scored sample grid, about 5 minutes on 2 CPU cores
-	$(BIN)/python train.py experiment=digits_tokenizer resume=overwrite
-	$(BIN)/python train.py experiment=digits_raster resume=overwrite
+	$(BIN)/python train.py experiment=digits_tokenizer
+	$(BIN)/python train.py experiment=digits_raster
 	$(BIN)/python sample.py checkpoint=$(RUNS)/digits_raster/release out=$(RUNS)/digits_samples num_samples=500 sampling=digits
 	$(BIN)/python evaluate.py samples=$(RUNS)/digits_samples/samples.npz data=digits out=$(RUNS)/digits_samples/report.json
 	@echo "pictures:    $(RUNS)/digits_tokenizer/pictures (reconstructions), $(RUNS)/digits_samples/grid.png (samples)"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 def main(config: DictConfig) -> None:
     """Run one training; a user's mistake ends with one line and status 2."""
     from vgen.errors import UserError
+    from vgen.runtime import rank
     from vgen.training.callbacks import Interrupted
     from vgen.training.run import train
 
@@ -19,7 +20,8 @@ def main(config: DictConfig) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if rank() == 0:
+            print(stop, file=sys.stderr)
         sys.exit(stop.exit_code)
 
 

@@ -1,10 +1,10 @@
 import json
+import runpy
 import subprocess
 import sys
 
 import pytest
 
-import evaluate
 from tests.evaluation.helpers import save_npz
 from tests.paths import ROOT
 
@@ -18,7 +18,7 @@ def command(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
         status = 0
         try:
-            evaluate.main()
+            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
         except SystemExit as stop:
             status = stop.code
         captured = capsys.readouterr()

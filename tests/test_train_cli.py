@@ -3,11 +3,11 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 TINY = ["debug=fast", "num_threads=1", "pictures=1", "task.lr_schedule.warmup=0"]
 
 
@@ -28,7 +28,8 @@ def test_both_stages_end_to_end(tmp_path):
     second = train("experiment=digits_raster", *TINY, *size, runs, "run_name=raster", f"task.tokenizer={release}")
     assert second.returncode == 0, second.stderr
     for done, folder in ((first, tmp_path / "tokens"), (second, tmp_path / "raster")):
-        assert [path.name for path in sorted((folder / "pictures").iterdir())] == ["step-00000002.png", "step-00000004.png"]
+        pictures = sorted(path.name for path in (folder / "pictures").iterdir())
+        assert pictures == ["step-00000002.png", "step-00000004.png"]
         assert len((folder / "metrics.csv").read_text().splitlines()) == 1 + 4 + 2
         assert (folder / "release" / "model.safetensors").is_file()
         assert (folder / "checkpoints" / "last.ckpt").is_file()

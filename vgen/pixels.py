@@ -22,7 +22,7 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def from_uint8(pictures: Tensor) -> Tensor:
     """Map uint8 values 0..255 to float32 in [-1, 1]."""
-    return pictures.float().div(127.5).sub(1)
+    return pictures.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def save_grid(pictures: Tensor, path: str | Path, *, columns: int, scale: int = 1) -> Path:

@@ -54,12 +54,14 @@ def run_tables(case: Case) -> list[Check]:
     """Orders, visibility and rotary rows, named by grid side, regions and head width."""
     checks = []
     for name, want in case.outputs.items():
-        match = re.fullmatch(r"([a-z_]+)_g(\d+(?:x\d+)?)_n(\d+)(?:_hd(\d+))?", name)
-        if not match:
+        kind = re.match(r"visible_len_decode|visible_len|perm|inv|rope|mask", name)
+        regions, width = re.search(r"_n(\d+)(?:x(\d+))?", name), re.search(r"_hd(\d+)", name)
+        sides = [int(side) for side in re.findall(r"\d+", re.sub(r"_(n\d+(x\d+)?|hd\d+)", "", name))]
+        if not kind or not regions or not sides:
             raise UnknownCase(f"a table named {name}")
-        sides = [int(side) for side in match[2].split("x")]
-        plan = parallel(grid=sides * 2 if len(sides) == 1 else sides, regions=int(match[3]))
-        checks += _table(match[1], name, want, plan, int(match[4] or 0))
+        cuts = int(regions[1]) if regions[2] is None else [int(regions[1]), int(regions[2])]
+        plan = parallel(grid=sides * 2 if len(sides) == 1 else sides, regions=cuts)
+        checks += _table(kind[0], name, want, plan, int(width[1]) if width else 0)
     return checks
 
 
@@ -74,9 +76,7 @@ def _table(kind: str, name: str, want: Tensor, plan: Plan, head_dim: int) -> lis
         return _visibility(name, plan, want)
     if kind == "visible_len":
         return [compare(name, plan.visible().sum(1), want[: plan.num_slots], EXACT)]
-    if kind == "visible_len_decode":
-        return [compare(name, _decoded_lengths(plan), want[: plan.num_slots], EXACT)]
-    raise UnknownCase(f"a table named {name}")
+    return [compare(name, _decoded_lengths(plan), want[: plan.num_slots], EXACT)]
 
 
 def _rope(name: str, plan: Plan, head_dim: int, want: Tensor) -> Check:
@@ -157,7 +157,7 @@ def run_generate(case: Case) -> list[Check]:
 
 def _guided_ranges(case: Case) -> list[tuple[int, int]] | None:
     """The original counts cfg_interval anew after the first token and after the one-by-one tokens."""
-    interval, regions = case.data["cfg_interval"], case.config["n"]
+    interval, regions = case.data.get("cfg_interval", -1), case.config["n"]
     return None if interval < 0 else [(0, min(interval + 2, regions)), (regions, regions + interval + 1)]
 
 

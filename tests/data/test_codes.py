@@ -14,7 +14,7 @@ from vgen.data.loader import build_loader
 from vgen.data.source import DataSource
 from vgen.data.transforms import adm_center_crop, ten_crop, to_pixels
 from vgen.errors import UserError
-from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.base import Tokenizer, TokenizerOutput
 
 CPU = torch.device("cpu")
 
@@ -46,10 +46,14 @@ class Blocks(Tokenizer):
         return ((means + 1) / 2 * (self.codebook_size - 1)).round().long().clamp(0, self.codebook_size - 1)
 
     def decode(self, ids):
-        raise NotImplementedError
+        return self.codebook[ids].view(-1, 1, *self.grid).expand(-1, 3, -1, -1)
 
     def forward(self, pixels):
-        raise NotImplementedError
+        ids = self.encode(pixels)
+        return TokenizerOutput(reconstruction=self.decode(ids), ids=ids, losses={})
+
+    def compile_parts(self):
+        raise AssertionError("extraction never trains")
 
 
 def images(count=13, size=8):

@@ -4,7 +4,9 @@ import pytest
 
 
 @pytest.fixture
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def unused_ports():
+    """Two free TCP ports: a rendezvous that has just been left cannot be joined again at once."""
+    with socket.socket() as first, socket.socket() as second:
+        for probe in (first, second):
+            probe.bind(("127.0.0.1", 0))
+        return [first.getsockname()[1], second.getsockname()[1]]

@@ -97,7 +97,7 @@ def test_num_samples_is_checked_and_cuts(files):
     report = run(files, "num_samples=20", "evaluation.metrics=[nearest]")
     assert report["n_samples"] == 20
     assert "only the first 20 of 33" in report["warnings"][0]
-    with pytest.raises(UserError, match="num_samples=40 were asked for but .* holds 33"):
+    with pytest.raises(UserError, match=r"num_samples=40 were asked for but .* holds 33"):
         run(files, "num_samples=40")
 
 
@@ -221,15 +221,10 @@ def test_samples_drawn_from_a_generator_do_not_depend_on_the_batch_size(files):
     assert other["metrics"]["fd_tiny"] == pytest.approx(report["metrics"]["fd_tiny"], rel=1e-4)
 
 
-def _worker(rank, world_size, files, port):
-    os.environ |= {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+def _worker(rank, files, ports):
     torch.set_num_threads(1)
-    for overrides in _shared_jobs(files, f"two{rank}"):
+    for overrides, port in zip(_shared_jobs(files, f"two{rank}"), ports, strict=True):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         evaluate(compose_config(*overrides))
 
 
@@ -248,11 +243,11 @@ def _shared_jobs(files, name):
     )
 
 
-def test_two_processes_give_what_one_gives(files, unused_port):
+def test_two_processes_give_what_one_gives(files, unused_ports):
     save_tokenizer(files / "release")
     for overrides in _shared_jobs(files, "one"):
         evaluate(compose_config(*overrides))
-    multiprocessing.spawn(_worker, (2, files, unused_port), nprocs=2)
+    multiprocessing.spawn(_worker, (files, unused_ports), nprocs=2)
     for job in ("samples", "reconstruction"):
         one, two = (json.loads((files / f"{name}_{job}.json").read_text()) for name in ("one", "two0"))
         assert two["provenance"]["world_size"] == 2

@@ -30,9 +30,8 @@ def test_group_norm_does_not_mix_images():
     model = PatchGAN(base_channels=4, num_layers=2, norm="group")
     pixels = torch.rand(3, 3, 16, 20)
     assert torch.allclose(model(pixels)[1:2], model(pixels[1:2]), atol=1e-6)
-    assert not torch.allclose(
-        PatchGAN(base_channels=4)(torch.cat([pixels] * 2, 3).repeat(1, 1, 2, 1))[0], model(pixels)[0]
-    )
+    mixing = PatchGAN(base_channels=4, num_layers=2)
+    assert not torch.allclose(mixing(pixels)[1:2], mixing(pixels[1:2]), atol=1e-3)
 
 
 @pytest.mark.parametrize("size", [8, 32])

@@ -166,20 +166,18 @@ def test_bad_input():
 
 
 def test_memorises_eight_images():
-    """150 steps bring the reconstruction error of eight images of random blocks below a tenth of their variance."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    model = tiny(base_channels=16)
-    pixels = F.interpolate(torch.rand(8, 3, 4, 4) * 2 - 1, scale_factor=4)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    """120 steps bring the reconstruction error of eight images of random blocks to a fiftieth, through real ids."""
+    model = tiny(image_size=8)
+    pixels = F.interpolate(torch.rand(8, 3, 2, 2) * 2 - 1, scale_factor=4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    errors = []
+    for _ in range(120):
         out = model(pixels)
-        error = F.mse_loss(out.reconstruction, pixels)
+        errors.append(F.mse_loss(out.reconstruction, pixels))
         optimizer.zero_grad()
-        (error + sum(out.losses.values())).backward()
+        (errors[-1] + sum(out.losses.values())).backward()
         optimizer.step()
-    torch.set_num_threads(threads)
     model.eval()
     with torch.no_grad():
         final = F.mse_loss(model.decode(model.encode(pixels)), pixels)
-    assert final < pixels.var() / 10
+    assert final < errors[0] / 50

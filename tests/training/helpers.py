@@ -7,11 +7,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from tests.paths import CONFIGS
 from vgen.data.digits import digits
 from vgen.data.source import DataSource
 from vgen.training.run import Result, train
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 COMMON = [
     "data._target_=tests.training.helpers.few_digits",
@@ -56,6 +55,12 @@ def few_digits(**settings) -> DataSource:
     """180 training and 41 validation images."""
     source = digits(**settings)
     return replace(source, train=source.train.subset(torch.arange(180)), val=source.val.subset(torch.arange(41)))
+
+
+def broken_digits(**settings) -> DataSource:
+    """The same with a picture that could not be read."""
+    source = few_digits(**settings)
+    return replace(source, train=replace(source.train, broken=("digit 7.png (empty)",)))
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -78,7 +78,7 @@ def test_missing_value_is_named(tmp_path):
 
 def test_tokenizer_release_without_weights(tmp_path):
     (tmp_path / "release").mkdir()
-    with pytest.raises(UserError, match="config.yaml"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         run(tmp_path / "run", *GENERATOR, f"task.tokenizer={tmp_path / 'release'}")
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.training.helpers import CONFIGS, composed
+from tests.paths import CONFIGS
+from tests.training.helpers import composed
 from vgen.generators.transformer import Transformer
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.parts import complete_generator
@@ -63,7 +64,8 @@ def test_trainers_and_loggers_compose(trainer, logger):
     settings = resolve(composed(f"trainer={trainer}", f"logger={logger}"))
     if isinstance(settings["trainer"]["strategy"], dict):
         make(settings["trainer"]["strategy"], "trainer.strategy")
-    assert ("csv" in settings["logger"]) and (settings["logger"]["csv"] is None) == (logger == "none")
+    assert "csv" in settings["logger"]
+    assert (settings["logger"]["csv"] is None) == (logger == "none")
 
 
 def test_larger_recipes_differ_from_the_smallest_in_what_they_say():

@@ -12,7 +12,8 @@ ADVERSARIAL = [
     "task.discriminator.base_channels=4",
     "tokenizer.dropout=0.1",
 ]
-SHARED = ["task.ema.decay=0.9", "task.lr_schedule.shape=cosine", "task.lr_schedule.warmup=3", "task.lr_schedule.total=12"]
+SHARED = ["task.ema.decay=0.9", "task.lr_schedule.shape=cosine", "task.lr_schedule.warmup=3"]
+SHARED += ["task.lr_schedule.total=12"]
 
 
 def overrides(kind, tokenizer_release) -> list[str]:

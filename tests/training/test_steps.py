@@ -1,12 +1,13 @@
 """What counts as a step, what an interrupted or failing run leaves behind."""
 
 import os
+import shutil
 import signal
 
 import pytest
 import torch
 
-from tests.training.helpers import GENERATOR, TOKENIZER, column, load, run
+from tests.training.helpers import GENERATOR, TOKENIZER, column, load, run, same
 from vgen.errors import UserError
 from vgen.training.callbacks import Interrupted, StepCallback
 from vgen.training.checkpointing import AtomicCheckpointIO
@@ -35,10 +36,23 @@ def test_discriminator_steps_do_not_count_and_begin_on_time(tmp_path):
 def test_release_has_no_discriminator(tmp_path):
     from safetensors.torch import load_file
 
-    result = run(tmp_path / "run", *ADVERSARIAL, "task.loss.adversarial_start=0", "trainer.max_steps=1", "task.ema.decay=0.5")
+    settings = [*ADVERSARIAL, "task.loss.adversarial_start=0", "trainer.max_steps=1", "task.ema.decay=0.5"]
+    result = run(tmp_path / "run", *settings)
     names = load_file(result.release / "model.safetensors").keys()
     assert names
     assert not any("discriminator" in name or "_orig_mod" in name or name.startswith("network.") for name in names)
+
+
+@pytest.mark.slow
+def test_compilation_changes_neither_results_nor_names(tokenizer_release, tmp_path):
+    # The generator only: compiling the many shapes of a tokenizer takes minutes on two cores.
+    settings = [*GENERATOR, f"task.tokenizer={tokenizer_release}", "trainer.max_steps=3", "task.optimizer.lr=1e-4"]
+    settings += [f"generator.{name}_dropout=0" for name in ("token", "residual", "ffn")]
+    eager = run(tmp_path / "eager", *settings)
+    compiled = run(tmp_path / "compiled", *settings, "task.compile=true")
+    assert column(compiled, "train/loss") == pytest.approx(column(eager, "train/loss"), rel=1e-3)
+    states = [load(result.checkpoints / "last.ckpt")["state_dict"] for result in (eager, compiled)]
+    assert list(states[0]) == list(states[1])
 
 
 def test_accumulation_equals_a_larger_batch(tokenizer_release, tmp_path):
@@ -71,7 +85,7 @@ def test_signal_saves_and_the_next_run_continues(number, tokenizer_release, tmp_
 
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(GeneratorModule, "training_step", step)
-    with pytest.raises(Interrupted, match="last.ckpt") as stop:
+    with pytest.raises(Interrupted, match=r"last\.ckpt") as stop:
         run(tmp_path / "run", *settings)
     monkeypatch.undo()
     assert stop.value.exit_code == 128 + number
@@ -159,5 +173,22 @@ def test_validation_pictures_and_release_use_the_averaged_weights(tokenizer_rele
     assert moved
     best = load(result.checkpoints / "best.ckpt")
     # The state saved right after validation holds the network's own weights again.
-    assert torch.equal(best["state_dict"]["network.outputs.0.weight"], checkpoint["state_dict"]["network.outputs.0.weight"])
+    assert same(best["state_dict"], checkpoint["state_dict"])
     assert [path.name for path in result.pictures.iterdir()] == ["step-00000003.png"]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_finished_run_only_writes_its_release_again(decay, tmp_path):
+    settings = [*TOKENIZER, "trainer.max_steps=2", f"task.ema.decay={decay}"]
+    first = run(tmp_path / "run", *settings)
+    weights = (first.release / "model.safetensors").read_bytes()
+    log = first.metrics.read_text()
+    shutil.rmtree(first.release)
+    again = run(tmp_path / "run", *settings)
+    assert (again.release / "model.safetensors").read_bytes() == weights
+    assert again.metrics.read_text() == log
+
+
+def test_broken_images_are_named_at_the_end(tmp_path, capsys):
+    run(tmp_path / "run", *TOKENIZER, "trainer.max_steps=1", "data._target_=tests.training.helpers.broken_digits")
+    assert "1 broken image was skipped:\n  digit 7.png (empty)" in capsys.readouterr().err

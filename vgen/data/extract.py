@@ -122,15 +122,7 @@ def extract_codes(
     Raises:
         UserError: if the folder holds another cache, or cannot be written, or another process died.
     """
-    if augmentation not in AUGMENTATIONS:
-        raise UserError(f"augmentation={augmentation} is unknown; choose one of {', '.join(AUGMENTATIONS)}")
-    if tokenizer.image_size != dataset.image_size:
-        raise UserError(
-            f"the tokenizer encodes {tokenizer.image_size}x{tokenizer.image_size} pixels but the data have "
-            f"data.image_size={dataset.image_size}; make them agree"
-        )
-    if augmentation == "ten_crop" and (not crop_ratios or min(crop_ratios) < 1):
-        raise UserError(f"crop_ratios={crop_ratios} must be at least 1 (LlamaGen: 1.1)")
+    _check_options(dataset, tokenizer, augmentation, crop_ratios)
     ratios = tuple(crop_ratios) if augmentation == "ten_crop" else ()
     pictures = _Variants(dataset, augmentation, ratios)
     wanted = Manifest(
@@ -156,6 +148,20 @@ def extract_codes(
     blocks = _pending_blocks(folder, manifest, max(1, batch_size // pictures.num_variants), rank, world_size)
     _encode(pictures, tokenizer, folder, manifest, blocks, device=device, num_workers=num_workers)
     return _finish(folder, manifest, dataset, patience=patience)
+
+
+def _check_options(
+    dataset: ImageDataset, tokenizer: "Tokenizer", augmentation: str, crop_ratios: tuple[float, ...]
+) -> None:
+    if augmentation not in AUGMENTATIONS:
+        raise UserError(f"augmentation={augmentation} is unknown; choose one of {', '.join(AUGMENTATIONS)}")
+    if tokenizer.image_size != dataset.image_size:
+        raise UserError(
+            f"the tokenizer encodes {tokenizer.image_size}x{tokenizer.image_size} pixels but the data have "
+            f"data.image_size={dataset.image_size}; make them agree"
+        )
+    if augmentation == "ten_crop" and (not crop_ratios or min(crop_ratios) < 1):
+        raise UserError(f"crop_ratios={crop_ratios} must be at least 1 (LlamaGen: 1.1)")
 
 
 class _Variants:

@@ -44,16 +44,14 @@ def pick_job(config: DictConfig) -> str:
     if config.job == "reconstruction" and kind == "samples":
         raise UserError("job=reconstruction needs checkpoint=<release folder of a tokenizer>")
     if config.job == "samples" and kind == "tokenizer":
-        raise UserError(
-            f"checkpoint={config.checkpoint} is a tokenizer and draws no samples; use job=reconstruction"
-        )
+        raise UserError(f"checkpoint={config.checkpoint} is a tokenizer and draws no samples; use job=reconstruction")
     if config.job != "auto":
         return str(config.job)
     return "reconstruction" if kind == "tokenizer" else "samples"
 
 
 def _container(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
 
 
 def _load_source(config: DictConfig) -> DataSource | None:

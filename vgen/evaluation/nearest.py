@@ -1,13 +1,12 @@
 """Are samples copies of training pictures? Distances to the nearest one, with real held-out pictures as the scale."""
 
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from vgen.evaluation.shifts import moved_copies
 from vgen.pixels import save_grid
 
 CHUNK = 512  # pictures whose distances to the whole training set are held at once
@@ -28,20 +27,13 @@ class NearestNeighbours:
     neighbours: Tensor
 
 
-def _shifted(pictures: Tensor, down: int, right: int, reach: int) -> Tensor:
-    """Pictures moved by (down, right) pixels, at most ``reach``; the edges revealed are black."""
-    height, width = pictures.shape[2:]
-    padded = F.pad(pictures, (reach,) * 4)
-    return padded[:, :, reach - down : reach - down + height, reach - right : reach - right + width]
-
-
 def _nearest(pictures: Tensor, training: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     """Root mean squared distance (0..255) to the nearest training picture, however moved, and its index."""
     wide = training.flatten(1).float()
     distance = torch.full((len(pictures),), torch.inf, dtype=torch.float64)
     index = torch.zeros(len(pictures), dtype=torch.int64)
-    for down, right in product(range(-shift, shift + 1), repeat=2):
-        moved = _shifted(pictures, down, right, shift).flatten(1)
+    for moved in moved_copies(pictures, shift):
+        moved = moved.flatten(1)
         found = torch.cat([torch.cdist(part.float(), wide).argmin(1) for part in moved.split(CHUNK)])
         # cdist rounds; the exact distance to the picture it chose tells a copy (0) from a near copy
         exact = (moved.double() - training[found].flatten(1).double()).square().mean(1).sqrt()

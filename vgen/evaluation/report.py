@@ -18,7 +18,7 @@ SCHEMA = "vgen.eval/1"
 
 def label_histogram(labels: Tensor | None) -> dict | None:
     """Least and most frequent count and number of classes present, None without labels."""
-    if labels is None:
+    if labels is None or not len(labels):
         return None
     counts = labels.unique(return_counts=True)[1]
     return {"min": int(counts.min()), "max": int(counts.max()), "num_classes": len(counts)}

@@ -218,10 +218,11 @@ class SamplesJob:
                 LabelledPictures(training.pictures, training.labels),
                 LabelledPictures(held_out.pictures, held_out.labels),
                 LabelledPictures(samples.pictures, samples.labels),
+                shift=self.settings.shift,
             )
         if "nearest" in self.active:
             result = nearest_neighbours(
-                samples.pictures, training.pictures, held_out.pictures, shift=self.settings.nearest_shift
+                samples.pictures, training.pictures, held_out.pictures, shift=self.settings.shift
             )
             values |= result.metrics
             path = save_nearest(result, samples.pictures, training.pictures, self.picture)

@@ -25,7 +25,8 @@ class EvaluationSettings:
         kid_subsets: random subsets of the kernel distance.
         kid_subset_size: pictures per subset.
         prc_neighborhood: k of precision and recall.
-        nearest_shift: pixels by which a copy of a training picture may be moved and still be found.
+        shift: pixels by which augmentation moves training pictures: the classifier learns moved pictures too, and the
+            nearest-neighbour check finds moved copies.
         seed: of shuffles, subsets and splits (2020 is torch-fidelity's).
     """
 
@@ -38,7 +39,7 @@ class EvaluationSettings:
     kid_subsets: int
     kid_subset_size: int
     prc_neighborhood: int
-    nearest_shift: int
+    shift: int
     seed: int
 
     def __post_init__(self):
@@ -51,14 +52,14 @@ class EvaluationSettings:
         if unknown or not self.metrics:
             what = f"has unknown {', '.join(map(str, unknown))}" if unknown else "is empty"
             raise UserError(f"evaluation.metrics {what}; choose from {', '.join(ALL_METRICS)}")
-        smallest = {"kid_subset_size": 2, "seed": 0, "nearest_shift": 0}
+        smallest = {"kid_subset_size": 2, "seed": 0, "shift": 0}
         whole = (
             "batch_size",
             "isc_splits",
             "kid_subsets",
             "kid_subset_size",
             "prc_neighborhood",
-            "nearest_shift",
+            "shift",
             "seed",
         )
         for key in whole:
@@ -84,7 +85,7 @@ class EvaluationSettings:
     def estimator(self) -> dict:
         """Options of the estimators, as a report records them."""
         options = asdict(self)
-        keys = ("isc_splits", "kid_subsets", "kid_subset_size", "prc_neighborhood", "nearest_shift", "seed")
+        keys = ("isc_splits", "kid_subsets", "kid_subset_size", "prc_neighborhood", "shift", "seed")
         return {
             "covariance_divisor": "n-1",
             "frechet": "float64 eigendecomposition",

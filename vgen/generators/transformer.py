@@ -153,6 +153,11 @@ class Transformer(nn.Module):
         self.apply(_initialise)
         nn.init.zeros_(self.outputs[0].weight)
 
+    def compile_blocks(self) -> None:
+        """Compile every block for training, in place: names of parameters stay, and one compilation serves all."""
+        for block in self.layers:
+            block.compile()
+
     @property
     def num_condition(self) -> int:
         """Condition slots at the start of every sequence."""
@@ -226,10 +231,12 @@ class Transformer(nn.Module):
         hidden = []
         first_readout = len(self.layers) - self.num_readouts
         for index, block in enumerate(self.layers):
+            # Decoding changes shapes at every pass, which a compiled block would answer by compiling again.
+            run = block if view.cache is None else block.forward
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, view, index, use_reentrant=False)
             else:
-                x = block(x, view, index)
+                x = run(x, view, index)
             if index >= first_readout:
                 hidden.append(x)
         return hidden

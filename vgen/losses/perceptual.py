@@ -154,13 +154,13 @@ def load_lpips(weights: str | Path | None = None) -> LPIPS:
 
 def trunk_state(vgg: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the convolutions of torchvision's VGG16, ``features.<i>.*``, to LPIPS's ``net.slice<k>.<i>.*``."""
+    slices = {str(layer): k for k, (first, end) in enumerate(_SLICES, start=1) for layer in range(first, end)}
     state = {}
     for key, value in vgg.items():
         part, _, rest = key.partition(".")
         if part == "features":
-            layer = int(rest.split(".")[0])
-            number = next(k for k, (first, end) in enumerate(_SLICES, start=1) if first <= layer < end)
-            state[f"net.slice{number}.{rest}"] = value
+            # A layer VGG16 does not have lands in slice 0, which does not exist, and is then reported as unexpected.
+            state[f"net.slice{slices.get(rest.split('.')[0], 0)}.{rest}"] = value
     return state
 
 

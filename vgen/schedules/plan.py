@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,9 @@ class Feed:
 
     def to(self, device: torch.device) -> "Feed":
         """Copy with every index tensor on a device."""
-        move = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        move: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
         return Feed(**move)
 
 

@@ -65,6 +65,10 @@ class Tokenizer(nn.Module, ABC):
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode, quantize with a gradient path, and decode."""
 
+    @abstractmethod
+    def compile_parts(self) -> None:
+        """Compile what training spends its time in, leaving the last layer eager; names of parameters stay."""
+
     def statistics(self, ids: Tensor) -> dict[str, Tensor]:
         """Figures about code use worth logging, as scalars on the device of `ids` (int64 of any shape)."""
         return {"perplexity": perplexity(ids, self.codebook_size)}

@@ -116,6 +116,16 @@ class VQGAN(Tokenizer):
         """Weight of the decoder's last convolution."""
         return self.decoder.get_parameter("conv_out.weight")
 
+    def compile_parts(self) -> None:
+        """Compile the convolutional networks in place for training; names of parameters stay.
+
+        The decoder's last layer stays outside, so that the adaptive adversarial weight can ask for gradients there
+        without running a whole backward pass.
+        """
+        self.encoder.compile()
+        for part in (*self.decoder.mid, *self.decoder.conv_blocks):
+            part.compile()
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, codebook_dim, h, w].
 

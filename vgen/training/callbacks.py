@@ -81,10 +81,12 @@ class FiniteCheck(StepCallback):
         state = self.folder / "nonfinite.ckpt"
         trainer.save_checkpoint(state)
         if trainer.is_global_zero:
-            torch.save({name: v for name, v in batch.items() if isinstance(v, torch.Tensor)}, state.with_suffix(".batch"))
+            tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            torch.save(tensors, state.with_suffix(".batch"))
         raise UserError(
             f"{', '.join(bad)} is not finite at step {step}; the state and the last batch are in {state} and "
-            f"{state.with_suffix('.batch').name}; lower task.optimizer.lr, raise warm-up or use trainer.precision=32-true"
+            f"{state.with_suffix('.batch').name}; lower task.optimizer.lr, warm up longer or use "
+            "trainer.precision=32-true"
         )
 
 

@@ -48,7 +48,8 @@ class GeneratorModule(TrainingModule):
         self._make_optimizer = optimizer
         self._matrices = self.matrices()
         self._frozen = [tokenizer.eval().requires_grad_(False)]
-        self._logits = torch.compile(generator.logits) if compile_network else generator.logits
+        if compile_network:
+            generator.compile_blocks()
 
     @property
     def generator(self) -> Transformer:
@@ -85,7 +86,7 @@ class GeneratorModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
         ids = self.token_ids(batch)
-        logits = self._logits(ids, batch["label"], self.plan, drop=self.dropped(batch["index"]))
+        logits = self.generator.logits(ids, batch["label"], self.plan, drop=self.dropped(batch["index"]))
         loss = token_cross_entropy(logits, ids)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids))
         return loss

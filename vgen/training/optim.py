@@ -95,7 +95,7 @@ class LrSchedule:
         if self.shape == "multistep" and list(self.milestones) != sorted(set(self.milestones)):
             raise UserError(f"lr_schedule.milestones={list(self.milestones)} must increase")
         if not 0 <= self.warmup <= self.total:
-            raise UserError(f"lr_schedule.warmup={self.warmup} must lie between 0 and the {self.total} steps of the run")
+            raise UserError(f"lr_schedule.warmup={self.warmup} must lie between 0 and the run's {self.total} steps")
         if not 0.0 <= self.end <= 1.0:
             raise UserError(f"lr_schedule.end={self.end} must lie in [0, 1]")
 

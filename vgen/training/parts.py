@@ -1,6 +1,5 @@
 """Building the parts of a run from its resolved configuration."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +189,8 @@ def _extra(config: Node, source: Source) -> Node:
 def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
     if source.image_size != tokenizer.image_size:
         raise UserError(
-            f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; make them equal"
+            f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; "
+            "make them equal"
         )
 
 
@@ -202,8 +202,3 @@ def _check_data(source: Source, tokenizer: Tokenizer) -> None:
             "the cached codes of data.path were made by another tokenizer than task.tokenizer; choose the one that "
             "made them, or encode again"
         )
-
-
-def release_state(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The network's part of a training module's state dict, under the network's own names."""
-    return {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}

@@ -12,11 +12,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from vgen.checkpoints.release import save_release
 from vgen.data.loader import ResumableLoader, build_loader
 from vgen.errors import UserError
 from vgen.runtime import git_commit, versions, writable_folder
@@ -29,9 +28,9 @@ from vgen.training.checkpointing import (
     find_checkpoint,
     read_checkpoint,
 )
-from vgen.training.module import TrainingModule
-from vgen.training.parts import Parts, Source, build_parts, release_state, training_data
+from vgen.training.parts import Parts, Source, build_parts, training_data
 from vgen.training.pictures import Pictures
+from vgen.training.releasing import FOLDER, ReleaseAtEnd, released_weights, write_release
 from vgen.training.settings import Node, check, make, resolve, run_folder
 
 
@@ -67,6 +66,8 @@ def train(config: DictConfig) -> Result:
     settings = resolve(config)
     check(settings)
     run_dir = writable_folder(run_folder(settings), "run_dir")
+    OmegaConf.update(config, "run_dir", str(run_dir))
+    settings = resolve(config)
     start = find_checkpoint(run_dir, settings["resume"])
     checkpoint = None if start is None else read_checkpoint(start)
     torch.set_float32_matmul_precision(settings["matmul_precision"])
@@ -78,18 +79,18 @@ def train(config: DictConfig) -> Result:
         check_fits(checkpoint, parts.module, start)
         say(_changes(checkpoint["hyper_parameters"]["config"], settings))
         say([f"continuing from {start} at step {checkpoint['global_step']}"])
-        del checkpoint
     trainer, metrics = build_trainer(settings, parts, run_dir)
-    say([_describe(settings, parts, trainer)])
-    source = training_data(settings, parts, trainer.strategy.root_device)
-    training, validation = build_loaders(settings, source, trainer)
-    _record(run_dir, settings)
-    trainer.fit(parts.module, training, validation, ckpt_path=start, weights_only=True)
-    _report_broken([training] if validation is None else [training, validation])
-    release = write_release(run_dir, settings, parts, trainer)
+    release = ReleaseAtEnd(run_dir, parts)
+    vars(trainer)["callbacks"].append(release)
+    if checkpoint is None or checkpoint["global_step"] < trainer.max_steps:
+        del checkpoint
+        fit(settings, parts, trainer, run_dir, start)
+    if not release.written and start is not None and trainer.is_global_zero:
+        # Nothing was left to do: the steps or the time of the run were over before.
+        write_release(run_dir, parts, released_weights(read_checkpoint(start)))
     result = Result(
         run_dir=run_dir,
-        release=release,
+        release=run_dir / FOLDER,
         checkpoints=run_dir / "checkpoints",
         metrics=run_dir / "metrics.csv",
         pictures=run_dir / "pictures",
@@ -97,6 +98,16 @@ def train(config: DictConfig) -> Result:
     )
     say(_summary(result))
     return result
+
+
+def fit(config: Node, parts: Parts, trainer: pl.Trainer, run_dir: Path, start: Path | None) -> None:
+    """Prepare the data and train."""
+    say([_describe(config, parts, trainer)])
+    source = training_data(config, parts, trainer.strategy.root_device)
+    training, validation = build_loaders(config, source, trainer)
+    _record(run_dir, config)
+    trainer.fit(parts.module, training, validation, ckpt_path=start, weights_only=True)
+    _report_broken([training] if validation is None else [training, validation])
 
 
 # Lightning's remarks about what is done here on purpose, by how they begin.
@@ -155,7 +166,8 @@ def build_trainer(config: Node, parts: Parts, run_dir: Path) -> tuple[pl.Trainer
             f"{task['accumulate']} x {trainer.world_size} device(s) = {images}; change one of them"
         )
     metrics = Metrics(every=every["log"], batch_size=images, peak_tflops=config["peak_tflops"])
-    trainer.callbacks.extend(_callbacks(config, parts, run_dir, metrics))
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
+    callbacks.extend(_callbacks(config, parts, run_dir, metrics))
     return trainer, metrics
 
 
@@ -196,9 +208,7 @@ def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics) -> l
     return callbacks
 
 
-def build_loaders(
-    config: Node, source: Source, trainer: pl.Trainer
-) -> tuple[ResumableLoader, ResumableLoader | None]:
+def build_loaders(config: Node, source: Source, trainer: pl.Trainer) -> tuple[ResumableLoader, ResumableLoader | None]:
     """Training and validation batches of this process."""
     task = config["task"]
     share = {"rank": trainer.global_rank, "world_size": trainer.world_size, "num_workers": task["num_workers"]}
@@ -208,26 +218,6 @@ def build_loaders(
         return training, None
     validation = build_loader(source.val, batch_size=size, seed=0, shuffle=False, drop_last=False, **share)
     return training, validation
-
-
-def write_release(run_dir: Path, config: Node, parts: Parts, trainer: pl.Trainer) -> Path:
-    """Write the averaged weights, or the last ones when none are averaged, to ``<run>/release``."""
-    module: TrainingModule = parts.module
-    folder = run_dir / "release"
-    with module.averaged_weights():
-        state = release_state(trainer.strategy.lightning_module_state_dict())
-        if trainer.is_global_zero:
-            save_release(
-                folder,
-                module.network,
-                parts.network,
-                kind=module.task,
-                extra=parts.extra,
-                tokenizer=parts.tokenizer_release,
-                state=state,
-            )
-    trainer.strategy.barrier()
-    return folder
 
 
 @rank_zero_only
@@ -259,8 +249,9 @@ def _describe(config: Node, parts: Parts, trainer: pl.Trainer) -> str:
     millions = sum(p.numel() for p in parts.module.network.parameters()) / 1e6
     images = task["batch_size"] * task["accumulate"] * trainer.world_size
     return (
-        f"training a {task['name']} of {millions:.1f} M parameters on {parts.source.name}: {trainer.max_steps} steps of "
-        f"{images} images ({task['batch_size']} x {task['accumulate']} accumulated x {trainer.world_size} device(s), "
+        f"training a {task['name']} of {millions:.1f} M parameters on {parts.source.name}: {trainer.max_steps} steps "
+        f"of {images} images "
+        f"({task['batch_size']} x {task['accumulate']} accumulated x {trainer.world_size} device(s), "
         f"{trainer.strategy.root_device.type}, {config['trainer']['precision']})"
     )
 

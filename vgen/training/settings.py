@@ -1,5 +1,6 @@
 """Reading the composed configuration: resolved once, checked before any work."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from vgen.errors import UserError
 
 RUN_DIR_VARIABLE = "VGEN_RUN_DIR"
 _LOCAL_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+_LONGEST_NAME = 150
 Node = dict[str, Any]
 
 
@@ -130,6 +132,13 @@ def run_folder(config: Node) -> Path:
         hydra = HydraConfig.get()
         if hydra.launcher._target_ == _LOCAL_LAUNCHER and config["trainer"]["devices"] not in (1, "1"):
             raise UserError("-m with trainer.devices > 1 works only with a cluster launcher; start the jobs one by one")
-        folder = folder / str(hydra.job.override_dirname).replace("/", "_")
+        folder = folder / _job_name(str(hydra.job.override_dirname))
     os.environ[RUN_DIR_VARIABLE] = str(folder)
     return folder
+
+
+def _job_name(overrides: str) -> str:
+    """A file name for a job of a sweep: its overrides, or their hash where they are too many to read."""
+    if len(overrides) <= _LONGEST_NAME:
+        return overrides.replace("/", "_")
+    return hashlib.sha256(overrides.encode()).hexdigest()[:16]

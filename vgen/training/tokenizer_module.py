@@ -52,7 +52,8 @@ class TokenizerModule(TrainingModule):
         self._make_optimizer = optimizer
         self._make_discriminator_optimizer = discriminator_optimizer
         self._matrices = self.matrices()
-        self._forward = torch.compile(tokenizer.__call__) if compile_network else tokenizer.__call__
+        if compile_network:
+            tokenizer.compile_parts()
         self._codes = torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
         self._validation_codes = torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
 
@@ -77,7 +78,7 @@ class TokenizerModule(TrainingModule):
         last = (self.trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.accumulate == 0
         # Asked before the tokenizer's step, which advances the counter.
         step = self.trainer.global_step + 1
-        output = self._forward(pixels)
+        output = self.network(pixels)
         total, logs = self.loss.generator_loss(
             pixels,
             output.reconstruction,
