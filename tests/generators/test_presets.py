@@ -30,4 +30,4 @@ def test_preset_has_exactly_the_published_number_of_parameters(name):
 
 def test_every_preset_is_checked_or_small():
     names = {path.stem for path in (CONFIGS / "generator").glob("*.yaml")}
-    assert names - set(PUBLISHED) == {"base", "digits", "s"}
+    assert names - set(PUBLISHED) == {"base", "digits", "s", "m"}

@@ -229,14 +229,16 @@ class Transformer(nn.Module):
             One hidden state [B, F, dim] per output head.
         """
         hidden = []
+        # Only training calls the compiled blocks: decoding changes shapes at every pass, and each would compile again.
+        training = self.training and torch.is_grad_enabled()
         first_readout = len(self.layers) - self.num_readouts
         for index, block in enumerate(self.layers):
-            # Decoding changes shapes at every pass, which a compiled block would answer by compiling again.
-            run = block if view.cache is None else block.forward
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if not training:
+                x = block.forward(x, view, index)
+            elif self.gradient_checkpointing:
                 x = checkpoint(block, x, view, index, use_reentrant=False)
             else:
-                x = run(x, view, index)
+                x = block(x, view, index)
             if index >= first_readout:
                 hidden.append(x)
         return hidden

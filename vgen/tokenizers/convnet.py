@@ -216,11 +216,15 @@ class Decoder(_Stack):
         self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map features to pixels."""
+    def features(self, x: Tensor) -> Tensor:
+        """What the last convolution sees, [B, base_channels, h*s, w*s]."""
         x = self.conv_in(x)
         for block in self.mid:
             x = self._run(block, x)
         for level in self.conv_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.silu(self.norm_out(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map features to pixels."""
+        return self.conv_out(self.features(x))

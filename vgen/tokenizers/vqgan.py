@@ -3,7 +3,7 @@
 Module names are those of the published checkpoints.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,7 @@ class VQGAN(Tokenizer):
         )
         self.quant_conv = nn.Conv2d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_dim, z_channels, 1)
+        self._compiled: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
 
     @property
     def codebook(self) -> Tensor:
@@ -122,9 +123,11 @@ class VQGAN(Tokenizer):
         The decoder's last layer stays outside, so that the adaptive adversarial weight can ask for gradients there
         without running a whole backward pass.
         """
-        self.encoder.compile()
-        for part in (*self.decoder.mid, *self.decoder.conv_blocks):
-            part.compile()
+        self._compiled = (torch.compile(self.encoder.forward), torch.compile(self.decoder.features))
+
+    def _trains(self) -> bool:
+        """Only training uses the compiled networks: other modes and shapes would compile again."""
+        return self.training and torch.is_grad_enabled()
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, codebook_dim, h, w].
@@ -137,11 +140,13 @@ class VQGAN(Tokenizer):
         height, width = pixels.shape[2:]
         if height % self.stride or width % self.stride or not height * width:
             raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {self.stride}")
-        return self.quant_conv(self.encoder(pixels.to(self.last_layer.dtype)))
+        encode = self._compiled[0] if self._compiled and self._trains() else self.encoder
+        return self.quant_conv(encode(pixels.to(self.last_layer.dtype)))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantized latents [B, codebook_dim, h, w] to float32 pixels [B, 3, H, W]."""
-        return self.decoder(self.post_quant_conv(latents.to(self.last_layer.dtype))).float()
+        features = self._compiled[1] if self._compiled and self._trains() else self.decoder.features
+        return self.decoder.conv_out(features(self.post_quant_conv(latents.to(self.last_layer.dtype)))).float()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] [B, 3, H, W] to ids int64 [B, N] in raster order."""
