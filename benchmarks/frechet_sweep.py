@@ -4,8 +4,8 @@
     python -m benchmarks.frechet_sweep tokenizer RELEASE DATA FEATURES OUT.pt
     python -m benchmarks.frechet_sweep generator RELEASE FEATURES OUT.pt --scales 1,1.5,2 --samples 10000 --final 50000
 
-``reference`` stores the statistics of the training pictures of a Hugging-Face-layout folder; the two others compare with
-them. ``generator`` samples every scale, then the best one again with ``--final`` samples, and writes its picture grid.
+``reference`` stores the statistics of the training pictures of a Hugging-Face-layout folder; the two others compare
+with them. ``generator`` samples every scale, then the best one again with ``--final`` samples, and draws grids.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.parquet import parquet
+from vgen.data.source import DataSource
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.evaluation.pixel_metrics import psnr
@@ -58,11 +59,13 @@ def statistics(extractor: Extractor, batches: Iterator[Tensor]) -> Gaussian:
     return collected.gaussian()
 
 
-def open_data(path: str):
+def open_data(path: str) -> DataSource:
+    """The data set of a folder, without augmentation."""
     return parquet(path=path, **DATA)
 
 
 def reference(arguments: argparse.Namespace, extractor: Extractor) -> None:
+    """Store the statistics of both splits and print their distance, the floor of every score."""
     source = open_data(arguments.data)
     train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
     print(json.dumps({"fd_test_vs_train": frechet_distance(test, train)}))
@@ -70,10 +73,12 @@ def reference(arguments: argparse.Namespace, extractor: Extractor) -> None:
 
 
 def load_reference(path: str) -> dict[str, Gaussian]:
+    """What ``reference`` stored."""
     return {name: Gaussian(**values) for name, values in torch.load(path, weights_only=True).items()}
 
 
 def tokenizer(arguments: argparse.Namespace, extractor: Extractor) -> None:
+    """Score the reconstructions of the test pictures."""
     known, test = load_reference(arguments.out), open_data(arguments.data).val
     network = load_tokenizer(arguments.release).to(extractor.device)
     collected, quality, used = FeatureStatistics(extractor.dim, extractor.device), [], []
@@ -99,6 +104,7 @@ def tokenizer(arguments: argparse.Namespace, extractor: Extractor) -> None:
 
 
 def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
+    """Score samples at every guidance scale."""
     known = load_reference(arguments.out)
     dtype = torch.bfloat16 if extractor.device.type == "cuda" else torch.float32
     pipeline = load_pipeline(arguments.release, device=extractor.device, dtype=dtype)
@@ -132,6 +138,7 @@ def score(pipeline, extractor: Extractor, known: dict[str, Gaussian], scale: flo
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(required=True)
     for job, names in (

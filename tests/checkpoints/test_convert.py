@@ -42,6 +42,8 @@ def test_first_matching_prefix_counts():
 
 def test_strict_loading_lists_all_three_kinds_of_difference():
     module = nn.Linear(2, 3)
-    with pytest.raises(UserError, match=r"missing: bias.*unknown: extra.*another shape: weight \[9\] instead of \[3, 2\]"):
+    with pytest.raises(
+        UserError, match=r"missing: bias.*unknown: extra.*another shape: weight \[9\] instead of \[3, 2\]"
+    ):
         load_strict(module, {"weight": torch.ones(9), "extra": torch.ones(1)}, what="file")
     assert difference({"a": (1,)}, {"a": (1,)}) == ""

@@ -119,7 +119,9 @@ def test_the_network_memorises_sequences_and_decodes_them_back():
     from vgen.sampling.settings import Sampling
 
     plan = raster(grid=(3, 3))
-    generator = tiny_generator(plan, vocab_size=7, num_classes=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0)
+    generator = tiny_generator(
+        plan, vocab_size=7, num_classes=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0
+    )
     generator.train()
     ids, labels = torch.randint(7, (4, 9)), torch.arange(4)
     optimizer = torch.optim.AdamW(generator.parameters(), lr=5e-3)

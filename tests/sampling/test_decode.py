@@ -39,7 +39,9 @@ def test_traced_guided_logits_equal_the_formula_on_teacher_forced_logits():
         torch.testing.assert_close(logits[:, 0], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(seed=3), Sampling(seed=3, top_k=5, top_p=0.9, guidance=Guidance(scale=2.0))])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(seed=3), Sampling(seed=3, top_k=5, top_p=0.9, guidance=Guidance(scale=2.0))]
+)
 def test_a_sample_does_not_depend_on_its_batch(sampling):
     generator = tiny_generator(PLAN)
     together = decode(generator, PLAN, LABELS, sampling=sampling, sample_index=INDEX)

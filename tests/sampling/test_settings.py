@@ -36,7 +36,7 @@ def test_sampling_out_of_range_names_its_key(options, key):
     ],
 )
 def test_guidance_out_of_range_names_its_key(options):
-    with pytest.raises(UserError, match="sampling.guidance"):
+    with pytest.raises(UserError, match=r"sampling\.guidance"):
         Guidance(**options)
 
 

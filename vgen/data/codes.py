@@ -40,7 +40,7 @@ class Manifest:
         num_classes: labels are 0..num_classes-1.
         class_names: one per class.
         image_size: side in pixels of what was encoded.
-        augmentation: none, flip or ten_crop.
+        augmentation: none, flip, shift or ten_crop.
         crop_ratios: sizes of the centre crops that ten-crop starts from, relative to ``image_size``.
         num_variants: stored encodings per image.
         grid: token grid.

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from vgen.data.broken import BrokenImageError
@@ -28,7 +29,7 @@ from vgen.runtime import track, writable_folder
 if TYPE_CHECKING:
     from vgen.tokenizers.base import Tokenizer
 
-AUGMENTATIONS = ("none", "flip", "ten_crop")
+AUGMENTATIONS = ("none", "flip", "shift", "ten_crop")
 FLUSH_SECONDS = 10.0
 
 
@@ -102,8 +103,9 @@ def extract_codes(
         tokenizer: on any device; it is moved to ``device`` and run in float32 and evaluation mode.
         folder: receives codes.npy [images, variants, N], labels.npy [images] and manifest.json.
         tokenizer_hash: from :func:`vgen.data.codes.tokenizer_fingerprint`.
-        augmentation: ``none`` (the fixed crop), ``flip`` (and its mirror image) or ``ten_crop`` (LlamaGen: ADM centre
-            crop to int(size * ratio), then four corners, centre and their mirror images, for each ratio).
+        augmentation: ``none`` (the fixed crop), ``flip`` (and its mirror image), ``shift`` (and its eight moves by one
+            pixel over black, for small centred pictures) or ``ten_crop`` (LlamaGen: ADM centre crop to
+            int(size * ratio), then four corners, centre and their mirror images, for each ratio).
         split: name kept in the manifest.
         source: name of the data kept in the manifest.
         num_classes: labels are 0..num_classes-1.
@@ -169,7 +171,7 @@ class _Variants:
 
     def __init__(self, dataset: ImageDataset, augmentation: str, ratios: tuple[float, ...]):
         self._dataset, self._augmentation, self._ratios = dataset, augmentation, ratios
-        self.num_variants = {"none": 1, "flip": 2, "ten_crop": 10 * len(ratios)}[augmentation]
+        self.num_variants = {"none": 1, "flip": 2, "shift": 9, "ten_crop": 10 * len(ratios)}[augmentation]
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -180,6 +182,10 @@ class _Variants:
             crops = [crop for r in self._ratios for crop in ten_crop(adm_center_crop(image, int(size * r)), size)]
             return torch.stack([to_tensor(crop) for crop in crops])
         picture = self._dataset.picture(row)
+        if self._augmentation == "shift":
+            size, padded = self._dataset.image_size, F.pad(picture, (1, 1, 1, 1))
+            moves = [(down, right) for down in (1, 0, 2) for right in (1, 0, 2)]
+            return torch.stack([padded[:, down : down + size, right : right + size] for down, right in moves])
         return torch.stack([picture, picture.flip(-1)] if self._augmentation == "flip" else [picture])
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:

@@ -144,14 +144,15 @@ class Transformer(nn.Module):
             for rate in torch.linspace(0, drop_path, blocks, device="cpu").tolist()
         )
         self.norms = nn.ModuleList(RMSNorm(dim, eps=norm_eps) for _ in range(num_readouts))
-        self.outputs = nn.ModuleList(nn.Linear(dim, vocab_size, bias=False) for _ in range(num_readouts))
+        outputs = [nn.Linear(dim, vocab_size, bias=False) for _ in range(num_readouts)]
+        self.outputs = nn.ModuleList(outputs)
         self.register_buffer(
             "rope",
             rope_table(self.grid, self.head_dim, base=rope_base, placeless=rope_placeless),
             persistent=False,
         )
         self.apply(_initialise)
-        nn.init.zeros_(self.outputs[0].weight)
+        nn.init.zeros_(outputs[0].weight)
 
     def compile_blocks(self) -> None:
         """Compile every block for training, in place: names of parameters stay, and one compilation serves all."""

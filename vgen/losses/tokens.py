@@ -11,7 +11,7 @@ def token_cross_entropy(logits: Tensor, ids: Tensor, valid: Tensor | None = None
     Args:
         logits: float [B, N, V].
         ids: int64 [B, N].
-        valid: [B], 1 for samples that count; the divisor is the number of valid tokens, at least 1 (LlamaGen section 4).
+        valid: [B], 1 for samples that count; the divisor is the number of valid tokens, at least 1 (LlamaGen).
 
     Returns:
         Scalar in nats per token.

@@ -66,7 +66,7 @@ class SampleStore:
 
     @property
     def done(self) -> Tensor:
-        """bool [num_samples], samples that are on disk."""
+        """Bool [num_samples], samples that are on disk."""
         return torch.from_numpy(np.array(self.flags, dtype=bool))
 
     def _check_identity(self) -> None:
