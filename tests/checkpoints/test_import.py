@@ -1,0 +1,86 @@
+import pytest
+import torch
+import yaml
+
+from vgen.checkpoints import __main__ as importer
+from vgen.checkpoints import llamagen_gpt, llamagen_vq, par
+from vgen.checkpoints.release import build, load_pipeline
+from vgen.errors import UserError
+from vgen.generators.conditioning import ClassCondition
+from vgen.generators.transformer import Transformer
+from vgen.sampling.settings import Sampling
+
+TOKENS = {
+    "_target_": "vgen.tokenizers.vqgan.VQGAN",
+    "image_size": 16,
+    "base_channels": 8,
+    "encoder_multipliers": [1, 1, 1],
+    "decoder_multipliers": [1, 1, 1],
+    "num_res_blocks": 1,
+    "z_channels": 8,
+    "codebook_size": 32,
+    "codebook_dim": 4,
+    "norm_groups": 4,
+}
+SIZES = {"dim": 32, "depth": 1, "heads": 2, "ffn_multiple_of": 16}
+
+
+@pytest.fixture
+def configs(tmp_path, monkeypatch):
+    """Presets small enough for a test, in the place of the real ones; the schedules stay."""
+    folder = tmp_path / "configs"
+    for name, content in (("tokenizer/vq16", TOKENS), ("generator/l", {"defaults": ["base", "_self_"]} | SIZES)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (folder / "schedule").symlink_to(importer.CONFIGS / "schedule")
+    monkeypatch.setattr(importer, "CONFIGS", folder)
+
+
+def published(tmp_path, to_published=llamagen_gpt.to_published, **needs):
+    """Files as the authors publish them, with random weights; returns their paths and our generator."""
+    torch.manual_seed(0)
+    tokenizer = build(TOKENS)
+    torch.save({"model": llamagen_vq.to_published(tokenizer.state_dict())}, tmp_path / "vq.pt")
+    condition = ClassCondition(num_classes=1000, dim=32)
+    generator = Transformer(vocab_size=32, grid=(4, 4), condition=condition, **SIZES, **needs).eval()
+    torch.nn.init.normal_(generator.outputs[0].weight)
+    torch.save({"model": to_published(generator.state_dict()), "steps": 3}, tmp_path / "gpt.pt")
+    return generator
+
+
+def run(tmp_path, *extra):
+    files = ["--vq", str(tmp_path / "vq.pt"), "--generator", str(tmp_path / "gpt.pt"), "--out", str(tmp_path / "out")]
+    importer.main([*files, "--image-size", "16", *extra])
+
+
+def test_published_files_become_a_release_that_samples_alike(tmp_path, configs, capsys):
+    generator = published(tmp_path)
+    run(tmp_path)
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    labels, index = torch.tensor([7, 999]), torch.tensor([0, 1])
+    pictures = pipeline.generate(labels, index, Sampling())
+    assert pictures.shape == (2, 3, 16, 16)
+    ids = torch.randint(32, (2, 16))
+    expected = generator.logits(ids, labels, pipeline.plan)
+    assert torch.equal(pipeline.generator.logits(ids, labels, pipeline.plan), expected)
+
+
+def test_orders_with_options_are_imported_too(tmp_path, configs):
+    published(tmp_path, par.to_published, num_learned=3)
+    run(tmp_path, "--family", "par", "--schedule", '{"regions": 4}')
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    assert len(pipeline.plan.forwards) == 4 - 1 + 16 // 4
+
+
+def test_wrong_files_and_sizes_are_named(tmp_path, configs, capsys):
+    published(tmp_path)
+    for extra in (["--family", "par"], ["--size", "nothing"]):
+        with pytest.raises(SystemExit) as stop:
+            run(tmp_path, *extra)
+        assert stop.value.code == 2
+    errors = capsys.readouterr().err
+    assert "learned_embeddings" in errors
+    assert "--size nothing is no preset" in errors
+    with pytest.raises(UserError, match="no weight file"):
+        importer.import_tokenizer(tmp_path / "absent.pt", "vq16", 16, tmp_path / "t")

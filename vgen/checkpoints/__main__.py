@@ -1,0 +1,121 @@
+"""Turn published weights into release folders: ``python -m vgen.checkpoints --help``."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import vgen
+from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
+from vgen.checkpoints.llamagen_vq import load_llamagen_vq
+from vgen.checkpoints.nar import load_nar
+from vgen.checkpoints.par import load_par
+from vgen.checkpoints.release import build, make_plan_for, save_release
+from vgen.errors import UserError, reported
+from vgen.generators.transformer import Transformer
+from vgen.schedules.plan import Plan
+from vgen.tokenizers.vqgan import VQGAN
+
+CONFIGS = Path(vgen.__file__).parents[1] / "configs"
+FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
+    "llamagen": ("raster", load_llamagen_gpt),
+    "nar": ("neighboring", load_nar),
+    "par": ("parallel", load_par),
+}
+
+
+def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Path:
+    """Write the release of a published LlamaGen tokenizer.
+
+    Args:
+        file: such as ``vq_ds16_c2i.pt``.
+        preset: ``vq16`` or ``vq8``.
+        image_size: side in pixels of the images it will be used for.
+        out: release folder.
+
+    Raises:
+        UserError: if the file does not fit the preset.
+    """
+    config = yaml.safe_load((CONFIGS / "tokenizer" / f"{preset}.yaml").read_text()) | {"image_size": image_size}
+    tokenizer = build(config)
+    assert isinstance(tokenizer, VQGAN)
+    load_llamagen_vq(tokenizer, file)
+    return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
+
+
+def import_generator(
+    file: Path, family: str, size: str, tokenizer_release: Path, out: Path, options: dict[str, Any]
+) -> Path:
+    """Write the release of a published class-conditional ImageNet generator.
+
+    Args:
+        file: such as ``c2i_L_256.pt``.
+        family: a key of ``FAMILIES``.
+        size: a preset of configs/generator.
+        tokenizer_release: release of its tokenizer, copied inside.
+        out: release folder.
+        options: options of the family's schedule, such as regions=4.
+
+    Raises:
+        UserError: if the file does not fit the preset, the schedule or the tokenizer's grid.
+    """
+    order, load = FAMILIES[family]
+    path = CONFIGS / "generator" / f"{size}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem != "base"))
+        raise UserError(f"--size {size} is no preset; choose one of {names}")
+    sizes = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+    tokens = yaml.safe_load((tokenizer_release / "config.yaml").read_text())["network"]
+    tokenizer = build(tokens)
+    schedule = yaml.safe_load((CONFIGS / "schedule" / f"{order}.yaml").read_text()) | options
+    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=1)
+    condition = {"_target_": "vgen.generators.conditioning.ClassCondition", "num_classes": 1000, "dim": sizes["dim"]}
+    config = {
+        "_target_": "vgen.generators.transformer.Transformer",
+        "vocab_size": tokenizer.codebook_size,
+        "grid": list(tokenizer.grid),
+        "condition": condition,
+        "num_readouts": plan.num_heads,
+        "num_learned": plan.num_learned,
+        **sizes,
+    }
+    generator = build(config)
+    assert isinstance(generator, Transformer)
+    load(generator, file)
+    generator.check_plan(make_plan_for(generator, schedule))
+    extra = {"schedule": schedule, "source": file.name, "data": {"name": "imagenet", "num_classes": 1000}}
+    return save_release(out, generator, config, kind="generator", extra=extra, tokenizer=tokenizer_release)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vgen.checkpoints",
+        description="Turn published ImageNet weights into release folders for sample.py and evaluate.py.",
+        epilog="example: python -m vgen.checkpoints --vq vq_ds16_c2i.pt --generator c2i_L_256.pt --size l "
+        "--image-size 256 --out releases/llamagen_l_256",
+    )
+    parser.add_argument("--vq", type=Path, required=True, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    parser.add_argument("--vq-preset", choices=("vq16", "vq8"), default="vq16")
+    parser.add_argument("--image-size", type=int, default=256, help="side in pixels the weights were trained at")
+    parser.add_argument("--generator", type=Path, help="class-conditional generator; without it only the tokenizer")
+    parser.add_argument("--family", choices=sorted(FAMILIES), default="llamagen")
+    parser.add_argument("--size", default="l", help="preset of configs/generator: b, m, l, xl, xxl, 3b ...")
+    parser.add_argument("--schedule", type=json.loads, default={}, help='schedule options as JSON, {"regions": 4}')
+    parser.add_argument("--out", type=Path, required=True, help="release folder to write")
+    chosen = parser.parse_args(arguments)
+    with reported():
+        tokenizer_out = chosen.out if chosen.generator is None else chosen.out.with_name(chosen.out.name + "_tokenizer")
+        release = import_tokenizer(chosen.vq, chosen.vq_preset, chosen.image_size, tokenizer_out)
+        if chosen.generator is not None:
+            release = import_generator(
+                chosen.generator, chosen.family, chosen.size, release, chosen.out, chosen.schedule
+            )
+        print(f"release: {release}")
+
+
+if __name__ == "__main__":
+    main()
