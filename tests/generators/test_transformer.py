@@ -132,3 +132,14 @@ def test_the_network_memorises_sequences_and_decodes_them_back():
         optimizer.step()
     decoded = decode(generator.eval(), plan, labels, sampling=Sampling(), sample_index=torch.arange(4))
     assert torch.equal(decoded, ids)
+
+
+def test_a_plan_first_used_for_decoding_still_trains():
+    from vgen.sampling.decode import decode
+    from vgen.sampling.settings import Sampling
+
+    plan = raster(grid=(2, 2))
+    generator = tiny_generator(plan)
+    ids = decode(generator, plan, torch.tensor([1]), sampling=Sampling(), sample_index=torch.tensor([0])).clone()
+    generator.logits(ids, torch.tensor([1]), plan).sum().backward()
+    assert generator.tok_embeddings.weight.grad is not None

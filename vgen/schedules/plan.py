@@ -208,7 +208,9 @@ class Plan:
     def on(self, device: torch.device) -> "DevicePlan":
         """The index tensors the network and the loop use, on a device; built once per device."""
         if device not in self._memo:
-            self._memo[device] = DevicePlan.build(self, device)
+            # The memo outlives this call: tensors born in inference mode could not be used in training later.
+            with torch.inference_mode(False):
+                self._memo[device] = DevicePlan.build(self, device)
         return self._memo[device]
 
     def visible(self) -> Tensor:

@@ -63,10 +63,9 @@ class GeneratorModule(TrainingModule):
         return self._frozen[0]
 
     def on_fit_start(self) -> None:
-        """Move the tokenizer, which Lightning does not see, and render the plan outside of any inference mode."""
+        """Move the tokenizer, which Lightning does not see."""
         super().on_fit_start()
         self.tokenizer.to(self.device)
-        self.plan.on(self.device)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer over the generator."""
