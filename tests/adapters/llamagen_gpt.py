@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import yaml
-from adapters import EXACT, Case, Check, Tolerance, UnknownCase, compare_manifest, count_parameters
+from adapters import EXACT, Case, Check, Tolerance, UnknownCase
+from adapters.orders import build, check_preset
 from adapters.procedural import default_rule, parse_rule
 from torch import Tensor
 
 from vgen.checkpoints.convert import load_strict
 from vgen.checkpoints.llamagen_gpt import to_ours, to_published
-from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.transformer import Transformer, mask_padding
 from vgen.layers.attention import View
 from vgen.layers.rope import rotate
@@ -28,7 +28,6 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 LOGITS = Tolerance(2e-4, 1e-5)
 GRADIENTS = Tolerance(1e-5, 1e-3)
 SCALARS = Tolerance(1e-5, 1e-5)
-NO_DROPOUT = {"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
 
 
 def run_gpt(case: Case) -> list[Check]:
@@ -44,46 +43,23 @@ def run_gpt(case: Case) -> list[Check]:
     raise UnknownCase("not a GPT, filter or GPT manifest case of LlamaGen")
 
 
-def build(config: dict[str, Any]) -> Transformer:
-    """Our network for the original's configuration (names of its ModelArgs)."""
-    side = math.isqrt(config["block_size"])
-    slots = config.get("cls_token_num", 1)
-    if config.get("model_type", "c2i") == "t2i" or "caption_dim" in config:
-        condition: Any = TextCondition(caption_dim=config["caption_dim"], num_slots=slots, dim=config["dim"])
-    else:
-        condition = ClassCondition(num_classes=config["num_classes"], dim=config["dim"])
-    return Transformer(
-        vocab_size=config["vocab_size"],
-        grid=(side, side),
-        condition=condition,
-        dim=config["dim"],
-        depth=config["n_layer"],
-        heads=config["n_head"],
-        kv_heads=config.get("n_kv_head"),
-        ffn_multiplier=config.get("ffn_dim_multiplier"),
-        ffn_multiple_of=config.get("multiple_of", 256),
-        norm_eps=config.get("norm_eps", 1e-5),
-        rope_base=config.get("rope_base", 10000),
-        **NO_DROPOUT,
-    )
+def plan_of(config: dict[str, Any]) -> Plan:
+    side = math.isqrt(config.get("block_size", 256))
+    return raster(grid=(side, side), num_condition=config.get("cls_token_num", 1))
 
 
-def plan_of(generator: Transformer) -> Plan:
-    return raster(grid=generator.grid, num_condition=generator.num_condition)
-
-
-def preset(model: str, **extra: Any) -> dict[str, Any]:
+def preset(model: str) -> dict[str, Any]:
     """The original's configuration of a published size such as GPT-XL, from our preset file."""
     name = model.removeprefix("GPT-").lower()
     sizes = yaml.safe_load((CONFIGS / "generator" / f"{name}.yaml").read_text())
     theirs = {"dim": sizes["dim"], "n_layer": sizes["depth"], "n_head": sizes["heads"]}
-    return {"vocab_size": 16384, "num_classes": 1000, "block_size": 256} | theirs | extra
+    return {"vocab_size": 16384, "num_classes": 1000} | theirs
 
 
 def run_small(case: Case) -> list[Check]:
     """A tiny network with stored weights, class- or text-conditional."""
-    generator = build(case.config)
-    plan = plan_of(generator)
+    plan = plan_of(case.config)
+    generator = build(case.config, plan)
     load_strict(generator, to_ours(case.state), what=case.name)
     ids = case.inputs["idx"]
     condition = case.inputs["labels"] if "labels" in case.inputs else case.inputs["caption"]
@@ -186,8 +162,8 @@ def compare_generation(
 
 def run_full_size(case: Case) -> list[Check]:
     """A published size with weights made from a rule."""
-    generator = build(preset(case.config["model"], block_size=case.config["block_size"]))
-    plan = plan_of(generator)
+    plan = plan_of(case.config)
+    generator = build(preset(case.config["model"]), plan)
     shapes = {name: tuple(value.shape) for name, value in to_published(generator.state_dict()).items()}
     first, *later = case.data["weights"].split("; then ")
     gain, overrides = parse_rule(first)
@@ -245,16 +221,6 @@ def run_filters(case: Case) -> list[Check]:
 
 def run_manifest(case: Case) -> list[Check]:
     """Our preset on the meta device has exactly the published names and shapes."""
-    stated = case.data["__file__"]["config"]
-    by_size = {(1024, 24): "l", (768, 12): "b", (1280, 36): "xl", (1536, 48): "xxl", (3200, 24): "3b"}
-    by_size |= {(2048, 22): "1b", (4096, 32): "7b", (2560, 48): "xxxl"}
-    name = by_size.get((stated["dim"], stated["n_layer"]))
-    if name is None:
-        raise UnknownCase(f"no preset has width {stated['dim']} and {stated['n_layer']} layers")
-    extra = {key: stated[key] for key in ("vocab_size", "num_classes", "cls_token_num", "caption_dim") if key in stated}
-    with torch.device("meta"):
-        generator = build(preset(name, **extra))
-    checks = compare_manifest(case, to_published(generator.state_dict()), count_parameters(generator))
-    back = to_ours(to_published(generator.state_dict()))
-    checks.append(Check("round trip", 0.0, list(back) == list(generator.state_dict())))
-    return checks
+    stated = {"vocab_size": 16384, "num_classes": 1000} | case.data["__file__"]["config"]
+    config = {**stated, "model_type": "t2i" if "caption_dim" in stated else "c2i", "block_size": 256}
+    return check_preset(case, config, plan_of(config), to_ours, to_published)

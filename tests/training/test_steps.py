@@ -9,7 +9,7 @@ import torch
 
 from tests.training.helpers import GENERATOR, TOKENIZER, column, load, run, same
 from vgen.errors import UserError
-from vgen.training.callbacks import Interrupted, StepCallback
+from vgen.training.callbacks import InterruptedTrainingError, StepCallback
 from vgen.training.checkpointing import AtomicCheckpointIO
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.tokenizer_module import TokenizerModule
@@ -85,7 +85,7 @@ def test_signal_saves_and_the_next_run_continues(number, tokenizer_release, tmp_
 
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(GeneratorModule, "training_step", step)
-    with pytest.raises(Interrupted, match=r"last\.ckpt") as stop:
+    with pytest.raises(InterruptedTrainingError, match=r"last\.ckpt") as stop:
         run(tmp_path / "run", *settings)
     monkeypatch.undo()
     assert stop.value.exit_code == 128 + number

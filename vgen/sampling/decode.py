@@ -78,9 +78,7 @@ def decode(
         fed = ids if len(embedded) == batch else ids.repeat(2, 1)
         logits = generator.step(fed, embedded, forward, tensors.order, cache, padding=padding)
         if len(embedded) > batch:
-            conditional, unconditional = logits.chunk(2)
-            weight = weights[index]
-            logits = conditional if weight == 1.0 else unconditional + weight * (conditional - unconditional)
+            logits = _guide(logits, weights[index])
         if trace is not None:
             trace(index, logits)
         tokens = _choose(logits, uniform[:, forward.targets], sampling)
@@ -100,6 +98,12 @@ def _embed_condition(generator: Transformer, condition: Tensor, *, both: bool) -
     drop = torch.zeros(2 * len(condition), dtype=torch.bool, device=condition.device)
     drop[len(condition) :] = True
     return generator.condition(torch.cat([condition, condition]), drop)
+
+
+def _guide(logits: Tensor, weight: float) -> Tensor:
+    """Combine both guidance branches [2 B, D, V] into [B, D, V]."""
+    conditional, unconditional = logits.chunk(2)
+    return conditional if weight == 1.0 else unconditional + weight * (conditional - unconditional)
 
 
 def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

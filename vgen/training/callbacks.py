@@ -3,6 +3,7 @@
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,7 +20,7 @@ from vgen.training.csv_log import CsvLogger
 from vgen.training.module import TrainingModule
 
 
-class Interrupted(Exception):  # noqa: N818
+class InterruptedTrainingError(Exception):
     """Training was stopped by a signal after its state had been saved."""
 
     def __init__(self, signum: int, checkpoint: Path) -> None:
@@ -29,7 +30,7 @@ class Interrupted(Exception):  # noqa: N818
         self.exit_code = 128 + signum
 
 
-class StepCallback(Callback):
+class StepCallback(Callback, ABC):
     """Base of callbacks that act once per optimizer step, however many batches one takes."""
 
     def __init__(self) -> None:
@@ -48,9 +49,9 @@ class StepCallback(Callback):
             assert isinstance(pl_module, TrainingModule)
             self.on_step(trainer, pl_module, batch)
 
+    @abstractmethod
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, batch: dict[str, Any]) -> None:
         """Act after an optimizer step."""
-        raise NotImplementedError
 
 
 class FiniteCheck(StepCallback):
@@ -252,7 +253,7 @@ class SaveOnSignal(StepCallback):
         """Save and stop if any process was asked to.
 
         Raises:
-            Interrupted: after saving.
+            InterruptedTrainingError: after saving.
         """
         signum = self._signum
         if trainer.world_size > 1:
@@ -261,7 +262,7 @@ class SaveOnSignal(StepCallback):
         if signum:
             path = self.folder / LAST
             trainer.save_checkpoint(path)
-            raise Interrupted(signum, path)
+            raise InterruptedTrainingError(signum, path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""

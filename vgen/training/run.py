@@ -60,7 +60,7 @@ def train(config: DictConfig) -> Result:
 
     Raises:
         UserError: for anything the user can correct, before any work is done.
-        Interrupted: if a signal stopped the run after its state was saved.
+        InterruptedTrainingError: if a signal stopped the run after its state was saved.
     """
     _quieten()
     settings = resolve(config)
