@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 
@@ -18,6 +19,14 @@ def to_uint8(pixels: Tensor) -> Tensor:
         inverse of :func:`from_uint8` (the rule of LlamaGen, DiT and StyleGAN).
     """
     return pixels.float().mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
+
+
+def resize_pixels(pixels: Tensor, size: int) -> Tensor:
+    """Resize float pixels [B, 3, H, W] to [B, 3, size, size]: bicubic without antialiasing, before rounding to 8 bits.
+
+    The rule by which LlamaGen and PAR bring 384-pixel samples to 256 for their scores (LlamaGen section 6).
+    """
+    return F.interpolate(pixels, size=(size, size), mode="bicubic")
 
 
 def from_uint8(pictures: Tensor) -> Tensor:

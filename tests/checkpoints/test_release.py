@@ -104,3 +104,16 @@ def test_full_disk_keeps_the_old_release(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         save_release(folder, build(GENERATOR), GENERATOR, kind="generator", extra={"schedule": SCHEDULE})
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_schedule_the_network_was_not_trained_for_is_refused_with_the_possible_ones(tmp_path):
+    folder = tiny_release(tmp_path)
+    other = {"_target_": "vgen.schedules.diagonal.diagonal", "_partial_": True, "first": "right"}
+    with pytest.raises(UserError, match=r"trained with 'raster'; choose one of raster, zipar$"):
+        load_pipeline(folder, device=CPU, schedule=other)
+    zipar = {"_target_": "vgen.schedules.zipar.zipar", "_partial_": True, "window": 2}
+    zipar |= {"cache": "strict", "overlap_first_row": False}
+    pipeline = load_pipeline(folder, device=CPU, schedule=zipar)
+    assert len(pipeline.plan.forwards) == 2 * 4 + 2 * 2
+    labels, index = torch.tensor([0, 1]), torch.tensor([0, 1])
+    assert pipeline.generate(labels, index, Sampling()).shape == (2, 3, 8, 8)

@@ -7,10 +7,11 @@ import torch
 from tests.checkpoints.helpers import tiny_release
 from vgen.checkpoints.release import load_pipeline
 from vgen.errors import UserError
+from vgen.pixels import to_uint8
 from vgen.processes import Processes
 from vgen.sampling import store as store_module
 from vgen.sampling.job import run_sampling
-from vgen.sampling.pipeline import make_labels
+from vgen.sampling.pipeline import Pipeline, make_labels
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, grid_order
 
@@ -39,6 +40,16 @@ def test_writes_the_archive_of_the_adm_suite_and_a_grid(pipeline, tmp_path):
     assert np.array_equal(archive["arr_0"], expected)
     assert len(list((tmp_path / "a" / "images").glob("*.png"))) == 11
     assert json.loads((tmp_path / "a" / "samples.json").read_text())["images_per_s"] > 0
+
+
+def test_pictures_are_resized_before_they_are_rounded(pipeline):
+    labels, index = torch.tensor([0, 1]), torch.tensor([0, 1])
+    small = Pipeline(generator=pipeline.generator, tokenizer=pipeline.tokenizer, plan=pipeline.plan, picture_size=5)
+    pixels = pipeline.tokenizer.decode(pipeline.generate_ids(labels, index, Sampling()))
+    expected = torch.nn.functional.interpolate(pixels, size=(5, 5), mode="bicubic", antialias=False)
+    assert torch.equal(small.generate(labels, index, Sampling()), to_uint8(expected))
+    with pytest.raises(UserError, match="picture_size"):
+        Pipeline(generator=pipeline.generator, tokenizer=pipeline.tokenizer, plan=pipeline.plan, picture_size=0)
 
 
 def test_batch_size_changes_nothing(pipeline, tmp_path):

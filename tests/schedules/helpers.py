@@ -6,7 +6,7 @@ from math import prod
 import torch
 
 from vgen.errors import UserError
-from vgen.schedules.__main__ import available, load_plan
+from vgen.schedules.catalog import available, load_plan
 
 ORDERS = sorted(available())
 GRIDS = [(1,), (7,), (1, 1), (1, 6), (5, 1), (4, 4), (3, 5), (4, 6), (6, 4), (2, 10), (2, 3, 4), (3, 4, 2), (2, 4, 4)]

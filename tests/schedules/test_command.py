@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from tests.schedules.helpers import ORDERS
-from vgen.schedules.__main__ import available, contexts, load_plan, main
+from vgen.schedules.__main__ import contexts, main
+from vgen.schedules.catalog import available, load_plan
 
 
 @pytest.mark.parametrize("name", ORDERS)

@@ -21,6 +21,7 @@ from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
 from vgen.sampling.pipeline import Pipeline
+from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 
@@ -191,6 +192,7 @@ def load_pipeline(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     schedule: dict[str, Any] | None = None,
+    picture_size: int | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -199,14 +201,22 @@ def load_pipeline(
         device: where to run.
         dtype: of the generator; the tokenizer stays in float32.
         schedule: schedule configuration to decode with; null = the one the generator was trained with.
+        picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
 
     Raises:
-        UserError: for a damaged release or parts that do not fit.
+        UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
     """
     generator, document = load_generator(folder)
-    plan = make_plan_for(generator, document["schedule"] if schedule is None else schedule)
+    plan = trained = make_plan_for(generator, document["schedule"])
+    if schedule is not None:
+        plan = make_plan_for(generator, schedule)
+        if not plan.same_training(trained):
+            raise UserError(
+                f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
+                f"{', '.join(decodable(trained))}"
+            )
     tokenizer = load_tokenizer(folder)
     rope = generator.rope
     generator = generator.to(device, dtype)
     generator.rope = rope.to(device)
-    return Pipeline(generator=generator, tokenizer=tokenizer.to(device), plan=plan)
+    return Pipeline(generator=generator, tokenizer=tokenizer.to(device), plan=plan, picture_size=picture_size)

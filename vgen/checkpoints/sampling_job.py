@@ -19,13 +19,18 @@ def sample(config: DictConfig) -> None:
     device = pick_device(plain["device"])
     sampling = build(plain["sampling"])
     pipeline = load_pipeline(
-        plain["checkpoint"], device=device, dtype=pick_dtype(plain["dtype"]), schedule=plain.get("schedule")
+        plain["checkpoint"],
+        device=device,
+        dtype=pick_dtype(plain["dtype"]),
+        schedule=plain.get("schedule"),
+        picture_size=plain["picture_size"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
         "sampling": plain["sampling"],
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
+        "picture_size": pipeline.picture_size,
     }
     with joined(device) as peers:
         files = run_sampling(

@@ -61,7 +61,7 @@ def run_sampling(
         raise UserError("num_samples and batch_size must be at least 1, grid_pictures at least 0")
     folder = writable_folder(out, "out")
     wanted = make_labels(labels, num_samples, pipeline.num_classes, seed=sampling.seed)
-    size = pipeline.tokenizer.image_size
+    size = pipeline.picture_size
     store_arguments: dict[str, Any] = {
         "labels": wanted,
         "image_shape": (size, size),

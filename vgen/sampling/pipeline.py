@@ -9,7 +9,7 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
-from vgen.pixels import to_uint8
+from vgen.pixels import resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
 from vgen.sampling.decode import decode
@@ -25,17 +25,23 @@ class Pipeline:
         generator: class-conditional network.
         tokenizer: turns ids into pixels.
         plan: decode order.
+        picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
 
     Raises:
-        UserError: if vocabulary, grid or plan do not fit together.
+        UserError: if vocabulary, grid or plan do not fit together, or for a picture size below 1.
     """
 
-    def __init__(self, *, generator: Transformer, tokenizer: Tokenizer, plan: Plan) -> None:
+    def __init__(
+        self, *, generator: Transformer, tokenizer: Tokenizer, plan: Plan, picture_size: int | None = None
+    ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
         if not isinstance(generator.condition, ClassCondition):
             raise UserError("labels-to-pictures sampling needs a class-conditional generator")
+        if picture_size is not None and picture_size < 1:
+            raise UserError(f"picture_size={picture_size} must be at least 1 pixel, or null")
         self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
+        self.picture_size = picture_size or tokenizer.image_size
         self.num_classes = generator.condition.num_classes
 
     @property
@@ -70,7 +76,10 @@ class Pipeline:
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pictures uint8 [B, 3, H, W] for labels int64 [B] and sample indices int64 [B]."""
-        return to_uint8(self.tokenizer.decode(self.generate_ids(labels, sample_index, sampling)))
+        pixels = self.tokenizer.decode(self.generate_ids(labels, sample_index, sampling))
+        if self.picture_size != pixels.shape[-1]:
+            pixels = resize_pixels(pixels, self.picture_size)
+        return to_uint8(pixels)
 
 
 def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:

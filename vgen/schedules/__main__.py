@@ -3,59 +3,17 @@
 import argparse
 import json
 import sys
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from hydra.utils import get_method
 from torch import Tensor
 
-import vgen
 from vgen.errors import UserError
+from vgen.schedules.catalog import FOLDER, available, load_plan
 from vgen.schedules.plan import Kind, Plan, parse_grid
 
-FOLDER = Path(vgen.__file__).parents[1] / "configs" / "schedule"
 EDGE_ROWS = 24
-
-
-def available() -> dict[str, str]:
-    """Names of the orders under configs/schedule and the first comment line of each."""
-    found = {}
-    for path in sorted(FOLDER.glob("*.yaml")):
-        first = path.read_text().splitlines()[0]
-        found[path.stem] = first.removeprefix("#").strip() if first.startswith("#") else ""
-    return found
-
-
-def load_plan(name: str, grid: tuple[int, ...], options: dict[str, Any]) -> Plan:
-    """Build the plan of an order under configs/schedule.
-
-    Args:
-        name: file name without ending.
-        grid: token grid.
-        options: overrides of the file's entries, and num_condition.
-
-    Raises:
-        UserError: for an unknown order or option, or what the order itself refuses.
-    """
-    path = FOLDER / f"{name}.yaml"
-    if name not in available():
-        raise UserError(
-            f"there is no schedule '{name}'; choose one of {', '.join(available()) or f'(none in {FOLDER})'}"
-        )
-    config = yaml.safe_load(path.read_text())
-    schedule = partial(get_method(config.pop("_target_")), grid=grid)
-    config.pop("_partial_", None)
-    known = {*config, "num_condition"}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise UserError(f"schedule '{name}' has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    try:
-        return schedule(**{**config, **options})
-    except TypeError as error:
-        raise UserError(f"schedule '{name}' cannot be built with {options}: {error}") from error
 
 
 def parse_options(words: list[str]) -> dict[str, Any]:

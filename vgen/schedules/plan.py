@@ -217,6 +217,14 @@ class Plan:
         """Dense visibility of the teacher-forced sequence, bool [S queries, S keys]."""
         return self.level_k[None, :] <= self.level_q[:, None]
 
+    def same_training(self, other: "Plan") -> bool:
+        """Whether both plans teach a network the same thing: a network trained with one decodes by the other."""
+        names = ("order", "kind", "source", "position", "target", "level_q", "level_k", "reads")
+        sizes = (self.grid, self.num_condition, self.num_heads, self.num_learned)
+        return sizes == (other.grid, other.num_condition, other.num_heads, other.num_learned) and all(
+            torch.equal(getattr(self, name), getattr(other, name)) for name in names
+        )
+
     def decided_before(self) -> list[int]:
         """Number of tokens decided before each pass."""
         counts, total = [], 0
