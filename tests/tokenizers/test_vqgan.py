@@ -181,3 +181,34 @@ def test_memorises_eight_images():
     with torch.no_grad():
         final = F.mse_loss(model.decode(model.encode(pixels)), pixels)
     assert final < errors[0] / 50
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_gradients_and_compiles_once_per_network():
+    from torch._dynamo.utils import counters
+
+    from vgen.losses.adversarial import adaptive_weight
+
+    torch._dynamo.reset()
+    counters.clear()
+    results = []
+    for compiled in (False, True):
+        # One resolution only, because compiling more takes minutes on two cores.
+        tokenizer = tiny(encoder_multipliers=[1], decoder_multipliers=[1]).train()
+        names = list(tokenizer.state_dict())
+        if compiled:
+            tokenizer.compile_parts()
+        pixels = torch.linspace(-1, 1, 2 * 3 * 64).view(2, 3, 8, 8)
+        for _ in range(2):
+            tokenizer.zero_grad()
+            output = tokenizer(pixels)
+            first, second = output.reconstruction.abs().mean(), output.reconstruction.square().mean()
+            weight = adaptive_weight(first, second, tokenizer.last_layer)
+            (first + weight * second + sum(output.losses.values())).backward()
+        with torch.no_grad():
+            tokenizer.eval()(pixels[:1])
+        assert list(tokenizer.state_dict()) == names
+        results.append([parameter.grad.clone() for parameter in tokenizer.parameters()])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, atol=1e-5, rtol=1e-3)
+    assert counters["stats"]["unique_graphs"] == 2
