@@ -61,7 +61,7 @@ def test_help_lists_the_orders(capsys):
     [
         (["nothing"], "choose one of"),
         (["raster", "--grid", "4y4"], "16x16"),
-        (["zipar", "windw=3"], "it has cache, num_condition, overlap_first_row, window"),
+        (["zipar", "windw=3"], "it has adaptive, cache, num_condition, overlap_first_row, window"),
         (["zipar", "window"], "key=value"),
         (["zipar", "window=["], "YAML"),
         (["zipar", "window=0"], "window=0"),

@@ -216,7 +216,5 @@ def load_pipeline(
                 f"{', '.join(decodable(trained))}"
             )
     tokenizer = load_tokenizer(folder)
-    rope = generator.rope
     generator = generator.to(device, dtype)
-    generator.rope = rope.to(device)
     return Pipeline(generator=generator, tokenizer=tokenizer.to(device), plan=plan, picture_size=picture_size)

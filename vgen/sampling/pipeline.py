@@ -47,7 +47,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.generator.rope.device
+        return self.generator.device
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside 0..num_classes (num_classes asks for unconditional samples).

@@ -10,8 +10,9 @@ import yaml
 from torch import Tensor
 
 from vgen.errors import UserError
+from vgen.schedules.building import parse_grid
 from vgen.schedules.catalog import FOLDER, available, load_plan
-from vgen.schedules.plan import Kind, Plan, parse_grid
+from vgen.schedules.plan import Kind, Plan
 
 EDGE_ROWS = 24
 

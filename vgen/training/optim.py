@@ -34,6 +34,11 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
+def without_decay(matrices: Collection[str], words: Sequence[str]) -> set[str]:
+    """Names of matrices that hold none of the words, for recipes that exempt embeddings and the like by name."""
+    return {name for name in matrices if not any(word in name for word in words)}
+
+
 def adamw(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     matrices: Collection[str],
@@ -41,10 +46,11 @@ def adamw(
     lr: float,
     betas: Sequence[float],
     weight_decay: float,
+    no_decay: Sequence[str] = (),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW with decoupled decay on matrices only; one fused kernel on CUDA."""
-    groups = decay_groups(named_parameters, weight_decay, matrices)
+    """AdamW with decoupled decay on matrices only, except those named by ``no_decay``; one fused kernel on CUDA."""
+    groups = decay_groups(named_parameters, weight_decay, without_decay(matrices, no_decay))
     fused = groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
