@@ -11,7 +11,7 @@ from tests.paths import ROOT
 from tests.schedules.helpers import GRIDS, ORDERS, plans, random_grids
 from vgen.sampling.decode import decode
 from vgen.sampling.settings import Sampling
-from vgen.schedules.check import check_plan
+from vgen.schedules.check import ContractError, check_plan
 
 VOCAB = 23
 every_order = pytest.mark.parametrize("name", ORDERS)
@@ -130,7 +130,7 @@ def test_the_check_notices_broken_plans(name):
     if plan.exact:
         broken["sees a token"] = replace(plan, level_q=torch.full_like(plan.level_q, int(plan.level_k.max())))
     for message, wrong in broken.items():
-        with pytest.raises(AssertionError, match=message):
+        with pytest.raises(ContractError, match=f"'{plan.name}'.*{message}"):
             check_plan(wrong)
 
 

@@ -98,7 +98,7 @@ class Directions(nn.Module):
         dim: width of the generator.
 
     Raises:
-        UserError: for a move with another number of axes than the grid, or one that leaves it.
+        UserError: for a move with another number of axes than the grid.
     """
 
     numbers: Tensor
@@ -108,11 +108,12 @@ class Directions(nn.Module):
         super().__init__()
         self.moves = [tuple(move) for move in moves]
         reach = {move: index for index, move in enumerate(product(*(range(1 - side, side) for side in grid)))}
-        if unknown := [move for move in self.moves if move not in reach]:
-            raise UserError(f"generator.directions: {list(unknown[0])} is not a move on the grid {grid}")
+        if wrong := [move for move in self.moves if len(move) != len(grid)]:
+            raise UserError(f"generator.directions: {list(wrong[0])} is not a move on the grid {grid}")
         numbers = torch.full((len(reach),), -1)
         for number, move in enumerate(self.moves, 1):
-            numbers[reach[move]] = number
+            if move in reach:
+                numbers[reach[move]] = number
         coordinates = torch.cat([grid_coordinates(grid), torch.zeros(1, len(grid), dtype=torch.int64)])
         self.grid = grid
         self.register_buffer("numbers", numbers, persistent=False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.schedules.building import parse_grid
 from vgen.schedules.catalog import FOLDER, available, load_plan
+from vgen.schedules.check import check_plan
 from vgen.schedules.plan import Kind, Plan
 
 EDGE_ROWS = 24
@@ -128,6 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         plan = load_plan(given.name, parse_grid(given.grid), parse_options(given.options))
+        check_plan(plan)
         if given.picture:
             from vgen.schedules.picture import save_picture
 

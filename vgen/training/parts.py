@@ -14,6 +14,7 @@ from vgen.errors import UserError
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
+from vgen.schedules.check import check_plan
 from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Grid, Plan
 from vgen.tokenizers.base import Tokenizer
@@ -100,6 +101,7 @@ def build_generator(config: Node) -> Parts:
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
     generator.check_plan(plan)
+    check_plan(plan)
     module = GeneratorModule(
         generator=generator,
         tokenizer=tokenizer,
