@@ -19,6 +19,15 @@ PARAMETERS = {
     "llamagen_xxl": 1_410_972_672,
     "llamagen_3b": 3_096_659_200,
     "imagenet256_vq16": 71_883_403,
+    "nar_b": 130_551_552,
+    "nar_m": 295_453_696,
+    "nar_l": 372_536_320,
+    "nar_xl": 815_991_040,
+    "nar_xxl": 1_464_454_656,
+    "par_l": 342_914_048,
+    "randar_l": 342_912_000,
+    "randar_xl": 774_700_800,
+    "randar_xxl": 1_410_974_208,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
@@ -42,7 +51,12 @@ def test_recipe_builds(recipe):
         vocabulary, grid, classes = TOKENS.get(recipe, (16384, (16, 16), 1000))
         kind, key = Transformer, "generator"
         arguments = complete_generator(
-            settings["generator"], settings["schedule"], vocab_size=vocabulary, grid=grid, num_classes=classes
+            settings["generator"],
+            settings["schedule"],
+            vocab_size=vocabulary,
+            grid=grid,
+            num_classes=classes,
+            codebook_dim=8,
         )
     with torch.device("meta"):
         network = make(arguments, key)

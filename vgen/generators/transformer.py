@@ -4,6 +4,7 @@ With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 
 cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
@@ -23,7 +24,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
 from vgen.layers.norm import NormKind, make_norm
-from vgen.layers.rope import Placeless, RopeKind, Rotary, rotate
+from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
 from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
@@ -256,7 +257,9 @@ class Transformer(nn.Module):
                     "list: the generator was trained for another schedule"
                 )
 
-    def enter(self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, **seen: Any) -> tuple[Tensor, View]:
+    def enter(
+        self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, *, blank: Tensor | None = None, **seen: Any
+    ) -> tuple[Tensor, View]:
         """Embedded slots [B, F, dim] and what the blocks need to know of them.
 
         Args:
@@ -264,13 +267,14 @@ class Transformer(nn.Module):
             condition: [B, num_condition, dim], embedded condition.
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
             seen: further fields of :class:`vgen.layers.attention.View`: visibility and cache.
         """
         places = Places.of(feed, order)
         rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
-        return self.embed(ids, condition, feed, places), View(rope=rope, modulator=modulator, **seen)
+        return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
 
-    def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places) -> Tensor:
+    def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
         """Embed the slots of a feed.
 
         Args:
@@ -278,6 +282,7 @@ class Transformer(nn.Module):
             condition: [B, num_condition, dim], embedded condition.
             feed: which slots.
             places: their raster positions.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
 
         Returns:
             [B, F, dim], after token dropout.
@@ -287,8 +292,9 @@ class Transformer(nn.Module):
         if len(feed.conditions):
             parts.append(condition[:, feed.conditions])
         if feed.tokens.numel():
-            own = ids[:, feed.tokens] if feed.tokens.dim() == 1 else ids.gather(1, feed.tokens)
-            tokens = self.tok_embeddings(own)
+            tokens = self.tok_embeddings(_at(ids, feed.tokens))
+            if blank is not None:
+                tokens = tokens.masked_fill(_at(blank, feed.tokens)[..., None], 0.0)
             parts.append(tokens if everywhere else self.token_dropout(tokens))
         if len(feed.learned):
             assert self.learned_embeddings is not None
@@ -435,6 +441,7 @@ class Transformer(nn.Module):
         cache: KVCache,
         *,
         padding: Tensor | None = None,
+        blank: Tensor | None = None,
     ) -> Tensor:
         """One pass of the decoding loop.
 
@@ -445,6 +452,7 @@ class Transformer(nn.Module):
             order: int64 [N] or [B, N], raster position of every order index.
             cache: keys and values of earlier passes; written to.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
 
         Returns:
             float32 [B, D, V], logits of the targets of the pass.
@@ -460,6 +468,7 @@ class Transformer(nn.Module):
             condition,
             forward.feed,
             order,
+            blank=blank,
             causal=False,
             mask=mask,
             cache=cache,
@@ -468,6 +477,35 @@ class Transformer(nn.Module):
             prefix=forward.prefix,
         )
         return self.read(self.run_blocks(x, view), forward.read, forward.targets.shape[-1], view.modulator)
+
+    def refined(self, factor: int, *, boundary: int) -> "Transformer":
+        """The same weights on a grid ``factor`` times finer along every axis (RandAR section 8).
+
+        Args:
+            factor: how many times finer, >= 2.
+            boundary: rotary frequencies per axis that keep counting cells; the others are squeezed.
+
+        Returns:
+            A network that shares all parameters with this one.
+
+        Raises:
+            UserError: if places enter this network in another way than the rotary code of the slots' own places.
+        """
+        if (
+            self.rotary.kind != "own"
+            or self.places is not None
+            or self.steps is not None
+            or self.directions is not None
+        ):
+            raise UserError("only a generator whose places enter by rotary codes alone can be used on a finer grid")
+        fine = copy.copy(self)
+        fine._modules = dict(self._modules)
+        fine.grid = tuple(side * factor for side in self.grid)
+        fine.rotary = copy.copy(self.rotary)
+        fine.rotary._buffers = dict(self.rotary._buffers)
+        table = extrapolated_rope_table(self.grid, self.head_dim, factor=factor, boundary=boundary)
+        fine.rotary.table = table.to(self.rotary.table.device)
+        return fine
 
     def new_cache(self, batch: int, rows: int) -> KVCache:
         """An empty cache for ``batch`` sequences of ``rows`` slots."""
@@ -480,6 +518,11 @@ class Transformer(nn.Module):
             device=self.device,
             dtype=self.dtype,
         )
+
+
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Values [B, N] at int64 [F], or at the samples' own [B, F]."""
+    return values[:, index] if index.dim() == 1 else values.gather(1, index)
 
 
 def _check_choices(**choices: tuple[object, tuple]) -> None:

@@ -10,7 +10,7 @@ from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
 from vgen.sampling.filters import filter_logits, pick_tokens
-from vgen.sampling.settings import Sampling
+from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.course import Course, StaticCourse
 from vgen.schedules.plan import Plan
 
@@ -18,7 +18,7 @@ Trace = Callable[[int, Tensor], None]
 Watch = Callable[[int, Tensor], None]
 
 
-_ORDER_STREAM = 301
+_ORDER_STREAM, _BLANK_STREAM = 301, 302
 
 
 @torch.inference_mode()
@@ -33,6 +33,7 @@ def decode(
     known_ids: Tensor | None = None,
     known: Tensor | None = None,
     order: Tensor | None = None,
+    spatial: SpatialGuidance | None = None,
     num_passes: int | None = None,
     trace: Trace | None = None,
     watch: Watch | None = None,
@@ -55,6 +56,7 @@ def decode(
             that many per sample.
         order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own, or
             drawn per sample where the plan says so.
+        spatial: guidance away from a branch that sees only a part of the given tokens; null = none.
         num_passes: stop after this many passes; tokens not decided are 0.
         trace: called with (pass, guided logits float32 [B, D, V]) after every pass.
         watch: called with (pass, ids int64 [B, N] in raster order, -1 where undecided) after every pass.
@@ -89,10 +91,11 @@ def decode(
     weights = [sampling.guidance.weight(decided, total) for decided in range(total + 1)]
     visited = range(total) if plan.policy is not None else plan.decided_before()[:num_passes]
     last_guided = max((decided for decided in visited if weights[decided] != 1.0), default=-1)
-    branches = 2 if last_guided >= 0 else 1
+    branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
+    blank = None if spatial is None else _blank(given[:, :total], spatial, order, sampling.seed, sample_index)
     by_decided = torch.tensor(weights, device=device)
 
-    embedded = _embed_condition(generator, condition, both=branches == 2)
+    embedded = _embed_condition(generator, condition, branches)
     if padding is not None:
         padding = padding.repeat(branches, 1)
     cache = generator.new_cache(len(embedded), plan.num_rows)
@@ -105,13 +108,14 @@ def decode(
             embedded = embedded[:batch]
             padding = None if padding is None else padding[:batch]
         fed, places = ids.clamp(min=0), order
-        if branches == 2:
-            fed = fed.repeat(2, 1)
-            places = order if order.dim() == 1 else order.repeat(2, 1)
-        logits = generator.step(fed, embedded, forward.repeated(branches), places, cache, padding=padding)
-        if branches == 2:
+        if branches > 1:
+            fed = fed.repeat(branches, 1)
+            places = order if order.dim() == 1 else order.repeat(branches, 1)
+        logits = generator.step(fed, embedded, forward.repeated(branches), places, cache, padding=padding, blank=blank)
+        if branches > 1:
             weight = weights[decided] if isinstance(decided, int) else by_decided[decided][:, None, None]
-            logits = _guide(logits, weight)
+            share = decided / total if isinstance(decided, int) else 0.0
+            logits = _guide(logits, branches, weight, 0.0 if spatial is None else spatial.weight(share))
         if trace is not None:
             trace(index, logits)
         targets = forward.targets.expand(batch, -1)
@@ -181,18 +185,28 @@ def _in_raster(values: Tensor, order: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(1, order.expand_as(values), values)
 
 
-def _embed_condition(generator: Transformer, condition: Tensor, *, both: bool) -> Tensor:
-    """Embed the condition, followed by the null condition when both guidance branches run."""
-    if not both:
+def _embed_condition(generator: Transformer, condition: Tensor, branches: int) -> Tensor:
+    """Embed the condition, followed by the null condition for every further guidance branch."""
+    if branches == 1:
         return generator.condition(condition)
-    drop = torch.zeros(2 * len(condition), dtype=torch.bool, device=condition.device)
+    drop = torch.zeros(branches * len(condition), dtype=torch.bool, device=condition.device)
     drop[len(condition) :] = True
-    return generator.condition(torch.cat([condition, condition]), drop)
+    return generator.condition(condition.repeat(branches, *([1] * (condition.dim() - 1))), drop)
 
 
-def _guide(logits: Tensor, weight: float | Tensor) -> Tensor:
-    """Combine both guidance branches [2 B, D, V] into [B, D, V]; the weight is a number or [B, 1, 1]."""
-    conditional, unconditional = logits.chunk(2)
+def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: int, sample_index: Tensor) -> Tensor:
+    """Given tokens hidden from the third branch, bool [3 B, N] in the order of decoding."""
+    hidden = keyed_uniform(seed, _BLANK_STREAM, sample_index[:, None], order).masked_fill(~given, 2.0)
+    count = (given.sum(1, keepdim=True) * spatial.hidden).round()
+    third = hidden.argsort(1).argsort(1) < count
+    return torch.cat([torch.zeros_like(third), torch.zeros_like(third), third])
+
+
+def _guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
+    """Combine two or three guidance branches [branches B, D, V] into [B, D, V]; the weight is a number or [B, 1, 1]."""
+    conditional, unconditional, *partial = logits.chunk(branches)
+    if partial:
+        return partial[0] + weight * (conditional - unconditional) + spatial * (unconditional - partial[0])
     if isinstance(weight, float) and weight == 1.0:
         return conditional
     return unconditional + weight * (conditional - unconditional)

@@ -64,6 +64,37 @@ class Guidance:
 
 
 @dataclass(frozen=True)
+class SpatialGuidance:
+    """Guidance of an extrapolation, away from a branch that sees a part of the given tokens (RandAR section 8).
+
+    With A = conditional, B = unconditional, C = unconditional with a part of the given tokens hidden:
+    logits = C + w (A - B) + v (B - C), where w is the class guidance and v = 1 + (scale - 1) times the share decided.
+
+    Attributes:
+        scale: last v, >= 0.
+        hidden: share of the given tokens hidden from C, in (0, 1].
+    """
+
+    scale: float = 2.5
+    hidden: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: for a value out of range, naming its key.
+        """
+        if not (math.isfinite(self.scale) and 0 <= self.scale <= 100):
+            raise UserError(f"extrapolate.spatial.scale={self.scale} must lie in [0, 100]")
+        if not 0 < self.hidden <= 1:
+            raise UserError(f"extrapolate.spatial.hidden={self.hidden} must lie in (0, 1]")
+
+    def weight(self, share: float) -> float:
+        """Weight v when a share of the tokens is known."""
+        return 1.0 + (self.scale - 1.0) * share
+
+
+@dataclass(frozen=True)
 class Sampling:
     """Everything that decides which tokens are drawn.
 
