@@ -47,9 +47,10 @@ def run_tables(case: Case) -> list[Check]:
         elif match := re.fullmatch(r"rope_g(\d+)(?:x(\d+))?_hd(\d+)", name):
             table = rope_table((int(match[1]), int(match[2] or match[1])), int(match[3]))
             checks.append(compare(name, _class_first(table), want, TABLES))
-        elif match := re.fullmatch(r"rope_extrap_g(\d+)_hd(\d+)_x(\d+)_ntk(\d+)", name):
-            side, width, factor, boundary = map(int, match.groups())
-            table = extrapolated_rope_table((side // factor,) * 2, width, factor=factor, boundary=boundary)
+        elif match := re.fullmatch(r"rope_extrap_g(\d+)(?:x(\d+))?_hd(\d+)_x(\d+)_ntk(\d+)", name):
+            height, width, head_dim, factor, boundary = (int(part or match[1]) for part in match.groups())
+            grid = (height // factor, width // factor)
+            table = extrapolated_rope_table(grid, head_dim, factor=factor, boundary=boundary)
             checks.append(compare(name, _class_first(table), want, Tolerance(1e-5, 0.0)))
         else:
             raise UnknownCase(f"a table named {name}")
