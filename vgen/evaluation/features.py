@@ -275,12 +275,19 @@ def vgg16_extractor(path: Path, *, device: torch.device, allow_unverified: bool 
     )
 
 
-def _check_name(name: str, what: str | Path) -> str:
+def check_name(name: str, what: str | Path) -> str:
+    """Return the name of a stand-in.
+
+    Raises:
+        UserError: if it is not a plain word, or could be taken for a published score.
+    """
     words = re.split(r"[^a-z]+", name.lower())
-    reserved = {"fid", "rfid", "sfid", "fvd", "rfvd", "inception"} & set(words)
+    reserved = {"fid", "rfid", "sfid", "fvd", "rfvd", "i3d", "inception"} & set(words)
     if reserved or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         why = (
-            f"the word {reserved.pop()} is kept for the Inception network" if reserved else "use letters, digits, _ . -"
+            f"the word {reserved.pop()} is kept for the networks of the literature"
+            if reserved
+            else "use letters, digits, _ . -"
         )
         raise UserError(f"evaluation.features_name={name} cannot name the scores of {what}: {why}")
     return name
@@ -292,7 +299,7 @@ def _load_torchscript(path: Path, name: str | None, device: torch.device) -> Ext
             f"evaluation.features={path} is no file; give {', '.join(BUILT_IN + tuple(_registered))} or the path of a "
             f"TorchScript extractor (uint8 [B, 3, H, W] to features, or features and logits)"
         )
-    name = _check_name(name or path.stem, path)
+    name = check_name(name or path.stem, path)
     network = load_script(path, device)
     return replace(
         network_extractor(network, name=name, device=device, what=f"evaluation.features={path}"),
@@ -330,7 +337,7 @@ def network_extractor(network: nn.Module, *, name: str, device: torch.device, wh
         UserError: if the name is kept for published scores or the network does not do that on a black picture.
     """
     what = what or f"extractor {name}"
-    _check_name(name, what)
+    check_name(name, what)
     network = network.to(device).eval()
     widths = [*_probe(network, what, device), None, None]
     state = network.state_dict()
@@ -358,7 +365,7 @@ def register_extractor(name: str, build: Callable[[], nn.Module]) -> None:
     Raises:
         UserError: if the name is taken or kept for published scores.
     """
-    _check_name(name, f"extractor {name}")
+    check_name(name, f"extractor {name}")
     if name in BUILT_IN or name in _registered:
         raise UserError(f"an extractor named {name} is registered already; choose another name")
     _registered[name] = build
