@@ -4,8 +4,8 @@
 
 The pictures are noise in an .npz batch of the ADM suite, mapped from the disk; ``--stored`` distinct ones are read over
 and over. Prints images/s of the whole pass, the share of the time the network kept the device busy (1 = nothing but the
-device limits the job), the time of the distance itself, and the
-host memory of the process. Random weights cost what the published ones do.
+device limits the job), the time of the distance itself, and the host memory of the process. Random weights cost what
+the published ones do.
 """
 
 import argparse
