@@ -1,7 +1,7 @@
 """CLIP score: how well pictures fit their captions (Hessel et al. 2021, arXiv 2104.08718).
 
-An extra beside the scores of pictures alone; needs the extra ``clip`` (transformers) and a local CLIP in the layout of the
-Hugging Face hub. Text-to-image papers use ViT-B/32 (``openai/clip-vit-base-patch32``).
+An extra beside the scores of pictures alone; needs the extra ``clip`` (transformers) and a local CLIP in the layout of
+the Hugging Face hub. Text-to-image papers use ViT-B/32 (``openai/clip-vit-base-patch32``).
 """
 
 import warnings
@@ -104,9 +104,8 @@ def load_clip(folder: Path, *, device: torch.device) -> ClipScorer:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            options = {"local_files_only": True}
-            model = CLIPModel.from_pretrained(folder, dtype=torch.float32, **options)
-            processor = CLIPProcessor.from_pretrained(folder, **options)
+            model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+            processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds
         raise UserError(
             f"metric clip_score: {folder} cannot be loaded ({' '.join(str(error).split())[:200]})"
