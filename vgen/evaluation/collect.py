@@ -9,7 +9,7 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian
-from vgen.evaluation.readers import Pictures
+from vgen.evaluation.pictures import Pictures
 from vgen.processes import Processes
 from vgen.runtime import progress_bar
 

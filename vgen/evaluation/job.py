@@ -12,7 +12,7 @@ from vgen.data.source import DataSource
 from vgen.errors import UserError
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.generation import Generation, is_release, release_kind
-from vgen.evaluation.readers import Pictures
+from vgen.evaluation.pictures import Pictures
 from vgen.evaluation.reconstruction_job import ReconstructionJob
 from vgen.evaluation.report import print_report, provenance, writable_report, write_report
 from vgen.evaluation.samples_job import SamplesJob

@@ -14,7 +14,7 @@ from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import frechet_distance
 from vgen.evaluation.generation import Generation
 from vgen.evaluation.nearest import nearest_neighbours, save_nearest
-from vgen.evaluation.readers import Pictures
+from vgen.evaluation.pictures import Pictures
 from vgen.evaluation.report import label_histogram
 from vgen.evaluation.settings import SAMPLE_METRICS, EvaluationSettings
 from vgen.evaluation.sources import Reference

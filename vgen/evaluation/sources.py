@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from vgen.data.source import DataSource
 from vgen.errors import UserError
-from vgen.evaluation.readers import DatasetPictures, Pictures, Subset, open_pictures
+from vgen.evaluation.pictures import Pictures, Subset
+from vgen.evaluation.readers import DatasetPictures, open_pictures
 from vgen.random import keyed_permutation
 
 SPLITS = {"data": "train", "data.train": "train", "data.val": "val"}
