@@ -243,7 +243,7 @@ class RangeGuard:
 
 
 def labels_of_folders(paths: Iterable[str], class_names: Sequence[str]) -> Tensor | None:
-    """Labels from the first folder of relative paths: a class number or a name in ``class_names``; None if any lacks one.
+    """Labels from the first folder of relative paths, a class number or a class name; None if any path lacks one.
 
     Args:
         paths: relative paths with ``/``.

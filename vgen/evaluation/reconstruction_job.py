@@ -11,8 +11,8 @@ from vgen.errors import UserError
 from vgen.evaluation.collect import PictureBatch, read_batches
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import FeatureStatistics, frechet_distance
-from vgen.evaluation.pixel_metrics import PSNR_CAP, SSIM_WINDOW, psnr, ssim
 from vgen.evaluation.pictures import Pictures
+from vgen.evaluation.pixel_metrics import PSNR_CAP, SSIM_WINDOW, psnr, ssim
 from vgen.evaluation.settings import RECONSTRUCTION_METRICS, EvaluationSettings
 from vgen.pixels import from_uint8, save_grid, to_uint8
 from vgen.processes import Processes

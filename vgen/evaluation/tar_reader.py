@@ -75,9 +75,7 @@ def _index(path: Path) -> tuple[list[tuple[Path, str, int, int]], dict[str, int]
                     assert content is not None
                     classes[_key(member.name)] = int(content.read())
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} cannot be read as an uncompressed tar file ({error}); copy it again, or unpack it if it is compressed"
-        ) from error
+        raise UserError(f"{path} cannot be read as an uncompressed tar file ({error}); copy or unpack it") from error
     except ValueError as error:
         raise UserError(f"{path}: a .cls member is not a class number; webdataset writes it as decimal text") from error
     if not images:

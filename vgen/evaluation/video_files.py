@@ -38,8 +38,8 @@ class ClipChoice:
         short: what happens to a video with fewer frames than a clip spans: ``error``, ``drop`` it, or ``repeat`` its
             last frame.
         size: side in pixels clips are brought to; null = as stored.
-        resize: ``crop`` brings the short side to ``size`` and cuts out the centre, ``stretch`` ignores the aspect ratio;
-            both bilinear with antialiasing, rounded to 8 bits.
+        resize: ``crop`` brings the short side to ``size`` and cuts out the centre, ``stretch`` ignores the aspect
+            ratio; both bilinear with antialiasing, rounded to 8 bits.
     """
 
     frames: int
@@ -139,8 +139,8 @@ class VideoClips(Pictures):
             clip = _brought_to(read_frames(file, places), self.choice)
             if clips and clip.shape != clips[0].shape:
                 raise UserError(
-                    f"{file} is {clip.shape[3]}x{clip.shape[2]} but others are {clips[0].shape[3]}x{clips[0].shape[2]}; "
-                    f"set evaluation.clips.size"
+                    f"{file} is {clip.shape[3]}x{clip.shape[2]} but others are {clips[0].shape[3]}x{clips[0].shape[2]}; set "
+                    f"evaluation.clips.size"
                 )
             clips.append(clip)
         return torch.stack(clips)
