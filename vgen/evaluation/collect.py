@@ -9,7 +9,7 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian
-from vgen.evaluation.pictures import Pictures
+from vgen.evaluation.pictures import Pictures, RangeGuard
 from vgen.processes import Processes
 from vgen.runtime import progress_bar
 
@@ -50,10 +50,12 @@ class Collected:
         features: float32 [n, d].
         logits: float32 [n, classes].
         pictures: uint8 [n, 3, H, W].
+        remark: what looks odd about the pixels, on every process.
     """
 
     count: int
     size: tuple[int, int]
+    remark: str | None = None
     labels: Tensor | None = None
     gaussian: Gaussian | None = None
     features: Tensor | None = None
@@ -75,7 +77,13 @@ def read_batches(
 
 
 def collect(
-    batches: Iterable[PictureBatch], *, total: int, wanted: Wanted, extractor: Extractor | None, processes: Processes
+    batches: Iterable[PictureBatch],
+    *,
+    total: int,
+    wanted: Wanted,
+    extractor: Extractor | None,
+    processes: Processes,
+    name: str = "the set",
 ) -> Collected:
     """Run the extractor over a set and bring together what the metrics need.
 
@@ -85,9 +93,11 @@ def collect(
         wanted: what to keep.
         extractor: needed if ``wanted.extractor``.
         processes: the processes that share the set; at most one per picture.
+        name: of the set, for messages.
 
     Raises:
-        UserError: if the number of pictures differs from ``total``, or there are fewer pictures than processes.
+        UserError: if the number of pictures differs from ``total``, there are fewer pictures than processes, or they
+            were stored as 8 bits without scaling. A failure in one process is raised in all of them.
     """
     if total < processes.world_size:
         raise UserError(f"{total} pictures cannot be shared by {processes.world_size} processes; start fewer")
@@ -98,25 +108,33 @@ def collect(
     keep_features = run is not None and (wanted.features or (wanted.gaussian and total <= run.dim))
     kept: dict[str, list[Tensor]] = {"index": [], "labels": [], "features": [], "logits": [], "pictures": []}
     size = (0, 0)
-    for batch in batches:
-        size = (batch.pictures.shape[2], batch.pictures.shape[3])
-        kept["index"].append(batch.index.cpu())
-        if batch.labels is not None:
-            kept["labels"].append(batch.labels.cpu())
-        if wanted.pictures:
-            kept["pictures"].append(batch.pictures.cpu())
-        if run is not None:
-            features, logits = run(batch.pictures)
-            if statistics is not None:
-                statistics.update(features)
-            if keep_features:
-                kept["features"].append(features.cpu())
-            if wanted.logits and logits is not None:
-                kept["logits"].append(logits.cpu())
+    guard = RangeGuard()
+    failure: Exception | None = None
+    try:
+        for batch in batches:
+            size = (batch.pictures.shape[-2], batch.pictures.shape[-1])
+            guard.update(batch.pictures)
+            kept["index"].append(batch.index.cpu())
+            if batch.labels is not None:
+                kept["labels"].append(batch.labels.cpu())
+            if wanted.pictures:
+                kept["pictures"].append(batch.pictures.cpu())
+            if run is not None:
+                features, logits = run(batch.pictures)
+                if statistics is not None:
+                    statistics.update(features)
+                if keep_features:
+                    kept["features"].append(features.cpu())
+                if wanted.logits and logits is not None:
+                    kept["logits"].append(logits.cpu())
+    except Exception as error:  # told to the other processes before it goes on, or they would wait for ever
+        failure = error
+    processes.agree(failure)
     index = torch.cat(kept.pop("index"))
-    count = int(processes.sum(torch.tensor(len(index))))
+    count, binary = processes.sum(torch.tensor([len(index), guard.binary])).tolist()
     if count != total:
         raise UserError(f"{count} pictures were scored but {total} were asked for; the set changed while it was read")
+    remark = RangeGuard.check(count, binary, name)
     gathered = {key: processes.gather(index, torch.cat(parts)) if parts else None for key, parts in kept.items()}
     gaussian = None
     if statistics is not None:
@@ -131,4 +149,5 @@ def collect(
         features=gathered["features"] if wanted.features else None,
         logits=gathered["logits"],
         pictures=gathered["pictures"],
+        remark=remark,
     )

@@ -15,7 +15,7 @@ LABEL_COLUMNS = ("label", "fine_label", "cls", "class")
 
 
 class ParquetPictures(EncodedPictures):
-    """All rows of parquet files: an image column (``image``, ``img``, ``png``, ``jpg``) and, if present, a label column.
+    """All rows of parquet files: an image column (``image``, ``img``, ``png``, ``jpg``) and, if any, a label column.
 
     A data set with splits, crops or other column names is better named by the data group (``data=parquet``).
 

@@ -132,15 +132,15 @@ class VideoClips(Pictures):
         Raises:
             UserError: naming a file that cannot be read or whose size differs from the others'.
         """
-        clips = []
+        clips: list[Tensor] = []
         for i in index:
             file, start, length = self._clips[i]
             places = [min(start + k * self.choice.stride, length - 1) for k in range(self.choice.frames)]
             clip = _brought_to(read_frames(file, places), self.choice)
             if clips and clip.shape != clips[0].shape:
                 raise UserError(
-                    f"{file} is {clip.shape[3]}x{clip.shape[2]} but others are {clips[0].shape[3]}x{clips[0].shape[2]}; set "
-                    f"evaluation.clips.size"
+                    f"{file} is {clip.shape[3]}x{clip.shape[2]} but others are "
+                    f"{clips[0].shape[3]}x{clips[0].shape[2]}; set evaluation.clips.size"
                 )
             clips.append(clip)
         return torch.stack(clips)

@@ -167,6 +167,6 @@ def _git_blob(path: Path) -> str:
 def _missing(file: WeightFile, tried: Iterable[Path]) -> str:
     return (
         f"weights of {file.what} not found (tried: {', '.join(map(str, tried))}); nothing is downloaded. Put "
-        f"{file.names[0]} ({file.hash_text}; from {file.source}) at one of these places, name it with {file.option}= or "
-        f"{WEIGHTS_VARIABLE}, or choose another extractor with evaluation.features=<TorchScript file>"
+        f"{file.names[0]} ({file.hash_text}; from {file.source}) at one of these places, name it with {file.option}= "
+        f"or {WEIGHTS_VARIABLE}, or choose another extractor with evaluation.features=<TorchScript file>"
     )
