@@ -1,6 +1,6 @@
 """Frechet distance between Gaussian fits of two feature sets, from one streaming pass that merges over processes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,17 +14,24 @@ class Gaussian:
     """Mean and covariance of a feature set.
 
     Attributes:
-        count: number of samples n.
+        count: number of samples n, 0 if a file of statistics does not say.
         mean: float64 [d].
         covariance: float64 [d, d], symmetric.
-        factor: float64 [n, d] with factor.T @ factor = covariance, kept only when n <= d: the covariance is then
-            singular, and a root taken from the samples carries no rounding noise where a root of the matrix would.
+        factor: float64 [k, d], k <= d, with factor.T @ factor = covariance, where the samples themselves were at hand:
+            a root taken from the samples carries no rounding noise where a root of a singular matrix would.
+        ddof: the covariance was divided by n - ddof.
     """
 
     count: int
     mean: Tensor
     covariance: Tensor
     factor: Tensor | None = None
+    ddof: int = 1
+
+    @property
+    def dim(self) -> int:
+        """Width d of the features."""
+        return len(self.mean)
 
 
 class FeatureStatistics:
@@ -51,11 +58,30 @@ class FeatureStatistics:
         if not bool(torch.isfinite(values).all()):
             raise UserError("the extractor returned NaN or infinite features; check the file of evaluation.features")
         mean = values.mean(0)
-        centred = values - mean
         total = self.count + len(values)
         shift = mean - self.mean
-        self.scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(values) / total)
+        # The shift of the means is one more row, so that the whole update is one product, in place.
+        between = shift * (self.count * len(values) / total) ** 0.5
+        rows = torch.cat([values - mean, between[None]])
+        self.scatter.addmm_(rows.T, rows)
         self.mean += shift * (len(values) / total)
+        self.count = total
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add another state over features of the same kind, as if its batches had been added here.
+
+        Raises:
+            UserError: if its features have another width.
+        """
+        if other.mean.shape != self.mean.shape:
+            raise UserError(f"statistics of {len(other.mean)} and {len(self.mean)} features cannot be merged")
+        if not other.count:
+            return
+        total = self.count + other.count
+        shift = other.mean.to(self.mean.device) - self.mean
+        self.scatter += other.scatter.to(self.scatter.device)
+        self.scatter.addr_(shift, shift, alpha=self.count * other.count / total)
+        self.mean += shift * (other.count / total)
         self.count = total
 
     def reduce(self, processes: Processes) -> None:
@@ -86,37 +112,69 @@ class FeatureStatistics:
         if rows is not None and self.count <= len(mean):
             assert rows.shape == (self.count, len(mean)), (rows.shape, self.count)
             factor = (rows.cpu().double() - mean) / divisor**0.5
-        return Gaussian(self.count, mean, covariance, factor)
+        return Gaussian(self.count, mean, covariance, factor, ddof)
 
 
 def gaussian_of(features: Tensor, *, ddof: int = 1) -> Gaussian:
-    """Fit the Gaussian of features [n, d] held in memory."""
+    """Fit the Gaussian of features [n, d] held in memory, with its factor."""
     statistics = FeatureStatistics(features.shape[1])
     statistics.update(features)
-    return statistics.gaussian(features, ddof=ddof)
+    fit = statistics.gaussian(features, ddof=ddof)
+    if fit.factor is not None:
+        return fit
+    centred = features.cpu().double() - fit.mean
+    return replace(fit, factor=torch.linalg.qr(centred, mode="r").R / (fit.count - ddof) ** 0.5)
 
 
-def _root(gaussian: Gaussian) -> Tensor:
-    """A matrix [k, d] whose transpose times itself is the covariance."""
-    if gaussian.factor is not None:
-        return gaussian.factor
-    values, vectors = torch.linalg.eigh(gaussian.covariance)
+def _root(covariance: Tensor) -> Tensor:
+    """A matrix [d, d] whose transpose times itself is the covariance: Cholesky's, or that of eigh if it is singular."""
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not int(failed):
+        return lower.T
+    values, vectors = torch.linalg.eigh(covariance)
     return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def _varying(gaussian: Gaussian) -> Tensor:
+    """Which features vary by more than the rounding of their mean."""
+    noise = 8 * torch.finfo(torch.float64).eps * gaussian.mean.abs()
+    return gaussian.covariance.diagonal() > noise.square()
+
+
+def _cross_trace(a: Gaussian, b: Gaussian) -> Tensor:
+    """The trace of (S_a S_b)^(1/2)."""
+    # A feature that is constant in one set has no part in this trace, and would only make the root singular.
+    kept = _varying(a) & _varying(b)
+    if not bool(kept.any()):
+        return torch.zeros((), dtype=torch.float64)
+
+    def part(gaussian: Gaussian) -> Tensor:
+        return gaussian.covariance[kept][:, kept]
+
+    if a.factor is None and b.factor is None:
+        root = _root(part(a))
+        product = root @ part(b) @ root.T
+        return torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    roots = [_root(part(g)) if g.factor is None else g.factor[:, kept] for g in (a, b)]
+    return torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians.
 
-    |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2). With both sets larger than their dimension the last trace
-    is the sum of the roots of the eigenvalues of R_a S_b R_a^T, R_a^T R_a = S_a; with a smaller set it is the nuclear
-    norm of R_a R_b^T, exact for singular covariances. Real, non-negative and deterministic in both forms.
+    |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2). From covariances the last trace is the sum of the roots of
+    the eigenvalues of R_a S_b R_a^T, R_a^T R_a = S_a; where the samples of a set are at hand it is the nuclear norm of
+    R_a R_b^T, exact for singular covariances. Real, non-negative and deterministic in both forms.
+
+    Raises:
+        UserError: if the features have different widths or a fit is not finite.
     """
-    assert a.mean.shape == b.mean.shape, (a.mean.shape, b.mean.shape)
-    root = _root(a)
-    if a.factor is None and b.factor is None:
-        product = root @ b.covariance @ root.T
-        cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    else:
-        cross = torch.linalg.svdvals(root @ _root(b).T).sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    if a.mean.shape != b.mean.shape:
+        raise UserError(
+            f"statistics of {a.dim} and {b.dim} features cannot be compared; both sets need one extractor and layer"
+        )
+    for fit in (a, b):
+        if not bool(torch.isfinite(fit.mean).all() and torch.isfinite(fit.covariance).all()):
+            raise UserError("statistics hold NaN or infinite values; compute them again")
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * _cross_trace(a, b)
     return max(float(distance), 0.0)
