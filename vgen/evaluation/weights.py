@@ -43,6 +43,11 @@ class WeightFile:
     md5: str | None = None
 
     @property
+    def hashed(self) -> bool:
+        """Whether a hash of it is known."""
+        return any((self.sha256, self.git_blob, self.md5))
+
+    @property
     def hash_text(self) -> str:
         """How the file is recognised, for messages."""
         if self.sha256:
