@@ -1,5 +1,6 @@
 """The few collective operations of sampling and evaluation jobs that are sharded over processes."""
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,8 +91,13 @@ class Processes:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
+def joined(device: torch.device, *, stay: bool = False) -> Iterator[Processes]:
     """Join the processes started together by torchrun or SLURM, and leave at the end.
+
+    Args:
+        device: of this process.
+        stay: leave only when the program ends, for a program that joins several times: a meeting place that has been
+            left still tells the old addresses.
 
     Raises:
         UserError: if more than one process was announced but there is no address to meet at.
@@ -115,5 +121,7 @@ def joined(device: torch.device) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:
-        if owned:
+        if owned and stay:
+            atexit.register(dist.destroy_process_group)
+        elif owned:
             dist.destroy_process_group()

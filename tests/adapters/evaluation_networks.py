@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapters import Case, Check, Tolerance, UnknownCase, compare_all, compare_manifest, count_parameters
+from adapters import Case, Check, Tolerance, UnknownCase, compare_all, compare_manifest
 from adapters.hashed import hashed_state, hashed_weight
 from PIL import Image
 from torch import Tensor, nn

@@ -88,10 +88,14 @@ def load_settings(config: DictConfig) -> EvaluationSettings:
 
 def _output(config: DictConfig, scored: str) -> Path:
     """Where the report goes: in a multirun a folder per job below ``out``, the folder of the table."""
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if _multirun():
         return writable_report(job_folder(_sweep_folder(config)) / "report.json")
     stem = f"{scored.rstrip('/').removesuffix('.npz')}.report.json"
     return writable_report(config.out if config.out is not None else stem)
+
+
+def _multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _sweep_folder(config: DictConfig) -> Path:
@@ -215,7 +219,7 @@ def evaluate(config: DictConfig) -> dict:
     settings = load_settings(config)
     out = _output(config, str(config.checkpoint or config.samples))
     job = make_job(config, settings, out)
-    with joined(pick_device(config.device)) as processes:
+    with joined(pick_device(config.device), stay=_multirun()) as processes:
         result = job.run(processes)
     report = _report(config, name, job, result, start, processes.world_size)
     if rank() == 0:
@@ -223,7 +227,7 @@ def evaluate(config: DictConfig) -> dict:
         print_report(report, out)
         if isinstance(job, SamplesJob) and isinstance(job.samples, Generation) and not config.keep_samples:
             shutil.rmtree(job.samples.samples)
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        if _multirun():
             table = write_table(_sweep_folder(config))
             print(f"table of the runs so far: {table}")
     return report

@@ -1,7 +1,7 @@
 """How a paper's number was measured, and what a job did differently."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vgen.errors import UserError
@@ -34,7 +34,7 @@ class Protocol:
     num_reference: int | None = None
     reference_sha256: str | None = None
     clip_frames: int | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] | None = None
     remarks: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,4 +76,4 @@ class Protocol:
 
     def describe(self) -> dict[str, Any]:
         """What a report says about the protocol."""
-        return {**asdict(self), "figures": dict(self.figures)}
+        return {**asdict(self), "figures": dict(self.figures or {})}

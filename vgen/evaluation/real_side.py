@@ -97,7 +97,7 @@ def measure_reference(
         if cache is not None and statistics is not None and processes.rank == 0:
             try:
                 cache.put(content, statistics)
-            except UserError as error:  # the score is worth more than its shortcut
+            except (UserError, OSError) as error:  # the score is worth more than its shortcut
                 warnings.append(str(error))
     return RealSide(statistics, collected.features, size, origin if fits else None)
 

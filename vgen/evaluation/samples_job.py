@@ -68,7 +68,9 @@ class SamplesJob:
             "sfid": None if getattr(self.extractor, "spatial_dim", None) else "the extractor has no spatial features",
             "accuracy": None if logits else "the extractor returns no logits",
         }
-        reasons |= {m: reason for m, reason in missing.items() if reason and m in self.settings.metrics}
+        for metric, reason in missing.items():
+            if reason and metric in self.settings.metrics:
+                reasons.setdefault(metric, reason)
         if (
             "accuracy" in self.settings.metrics
             and isinstance(self.extractor, Extractor)

@@ -13,16 +13,18 @@ from hydra.core.hydra_config import HydraConfig
 from vgen.errors import UserError
 from vgen.evaluation.report import SCHEMA
 
-LONGEST_NAME = 150
+LONGEST_NAME = 120
 PREFERRED = ("fid", "fd", "fvd", "video_fd")  # what the pictures show, by the beginning of the metric's name
 FACTS = ("run", "order", "scale", "forward_passes", "images_per_s", "n_samples", "n_reference", "extractor", "protocol")
 
 
 def job_folder(sweep: Path) -> Path:
-    """Folder of the current job of a multirun: its overrides, or their hash where they are too many to read."""
-    overrides = str(HydraConfig.get().job.override_dirname).replace("/", "_")
-    name = overrides if len(overrides) <= LONGEST_NAME else hashlib.sha256(overrides.encode()).hexdigest()[:16]
-    return sweep / (name or "job")
+    """Folder of the current job of a multirun: how it samples in plain words, and a hash of all its overrides."""
+    job = HydraConfig.get()
+    words = [text.removeprefix("sampling.") for text in job.overrides.task if text.startswith(("sampling", "schedule"))]
+    readable = ",".join(words).replace("/", "_")[:LONGEST_NAME]
+    digest = hashlib.sha256("\n".join(sorted(job.overrides.task)).encode()).hexdigest()[:8]
+    return sweep / (f"{readable}-{digest}" if readable else digest)
 
 
 def read_report(path: Path) -> dict[str, Any]:
