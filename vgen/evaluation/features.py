@@ -281,8 +281,8 @@ def check_name(name: str, what: str | Path) -> str:
     Raises:
         UserError: if it is not a plain word, or could be taken for a published score.
     """
-    words = re.split(r"[^a-z]+", name.lower())
-    reserved = {"fid", "rfid", "sfid", "fvd", "rfvd", "i3d", "inception"} & set(words)
+    words = {*re.split(r"[^a-z]+", name.lower()), *re.split(r"[^a-z0-9]+", name.lower())}
+    reserved = words & {"fid", "rfid", "sfid", "fvd", "rfvd", "i3d", "inception"}
     if reserved or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         why = (
             f"the word {reserved.pop()} is kept for the networks of the literature"

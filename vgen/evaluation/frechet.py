@@ -45,6 +45,7 @@ class FeatureStatistics:
         self.count = 0
         self.mean = torch.zeros(dim, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self._finite: Tensor | None = None  # of the last batch, on its way from the device
 
     def update(self, features: Tensor) -> None:
         """Add features [B, d]; an empty batch changes nothing.
@@ -55,8 +56,11 @@ class FeatureStatistics:
         if len(features) == 0:
             return
         values = features.to(self.mean.device, torch.float64)
-        if not bool(torch.isfinite(values).all()):
-            raise UserError("the extractor returned NaN or infinite features; check the file of evaluation.features")
+        finite: Tensor | None = torch.isfinite(values).all()
+        if values.device.type != "cpu":
+            # The answer about the batch before is there by now; asking about this one would stop the device.
+            finite, self._finite = self._finite, finite
+        self._check(finite)
         mean = values.mean(0)
         total = self.count + len(values)
         shift = mean - self.mean
@@ -66,6 +70,11 @@ class FeatureStatistics:
         self.scatter.addmm_(rows.T, rows)
         self.mean += shift * (len(values) / total)
         self.count = total
+
+    @staticmethod
+    def _check(finite: Tensor | None) -> None:
+        if finite is not None and not bool(finite):
+            raise UserError("the extractor returned NaN or infinite features; check the file of evaluation.features")
 
     def merge(self, other: "FeatureStatistics") -> None:
         """Add another state over features of the same kind, as if its batches had been added here.
@@ -86,6 +95,7 @@ class FeatureStatistics:
 
     def reduce(self, processes: Processes) -> None:
         """Replace the state by that of all processes together; every process must call this, even an empty one."""
+        self._check(self._finite)
         count = torch.tensor(float(self.count), dtype=torch.float64, device=self.mean.device)
         total = processes.sum(count)
         mean = processes.sum(self.mean * self.count) / total.clamp(min=1)
@@ -105,6 +115,7 @@ class FeatureStatistics:
         """
         if self.count < 2:
             raise UserError(f"a Frechet distance needs at least 2 pictures in each set; one set has {self.count}")
+        self._check(self._finite)
         divisor = self.count - ddof
         covariance = (self.scatter + self.scatter.T).cpu() / (2 * divisor)
         mean = self.mean.cpu()
@@ -168,8 +179,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
     |mu_a - mu_b|^2 + tr S_a + tr S_b - 2 tr (S_a S_b)^(1/2). With R^T R = S for each set the last trace is the sum of
     the roots of the eigenvalues of R_a S_b R_a^T where both covariances have full rank, and the nuclear norm of
-    R_a R_b^T (the same number, without a root of rounding noise) where one is singular or the samples are at hand. Real,
-    non-negative and deterministic in both forms.
+    R_a R_b^T (the same number, without a root of rounding noise) where one is singular or the samples are at hand.
+    Real, non-negative and deterministic in both forms.
 
     Raises:
         UserError: if the features have different widths or a fit is not finite.

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +25,21 @@ class Inception(FeatureExtractorInceptionV3):
     nor another resize can be had from theirs.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], *, resize_mode: str = "tf1_bilinear"):
+    def __init__(self, state: Mapping[str, Tensor] | None, *, resize_mode: str = "tf1_bilinear"):
         """Build the network.
 
         Args:
-            state: published state dict; ``num_batches_tracked`` may be missing.
+            state: published state dict; ``num_batches_tracked`` may be missing. None leaves random weights, for
+                measurements of speed.
             resize_mode: one of :data:`vgen.evaluation.resize.RESIZE_MODES`.
 
         Raises:
             UserError: if the state dict is not that of this network.
         """
         buffer = io.BytesIO()  # torch-fidelity takes weights as a file only, and downloads them when given none
-        torch.save(dict(state), buffer)
+        torch.save(dict(state or {}), buffer)
         buffer.seek(0)
+        self._keep_random = state is None
         try:
             super().__init__("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer)
         except RuntimeError as error:
@@ -44,6 +47,10 @@ class Inception(FeatureExtractorInceptionV3):
                 f"the weights are not those of the Inception network of FID ({' '.join(str(error).split())[:200]})"
             ) from error
         self.resize_mode = resize_mode
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights, but for those that a network of random weights is asked to read when it is made."""
+        return None if self._keep_random else super().load_state_dict(state_dict, strict, assign)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features of pictures uint8 [B, 3, H, W].

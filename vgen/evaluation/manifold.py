@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-BLOCK = 10_000
+BLOCK = 4096
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -26,19 +26,24 @@ def half_squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return half.float() if bool(torch.isfinite(half).all()) else squared_distances(a, b)
 
 
+def exact_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances in float64 of [n, d] and [m, d]."""
+    return torch.cdist(a.double(), b.double())
+
+
 def _blocks(rows: Tensor, block: int) -> Iterator[Tensor]:
     yield from rows.split(block)
 
 
-def radii(features: Tensor, *, k: int, distance: Distance = torch.cdist, block: int = BLOCK) -> Tensor:
+def radii(features: Tensor, *, k: int, distance: Distance = exact_distances, block: int = BLOCK) -> Tensor:
     """Distance of every row of [n, d] to its k-th nearest other row, [n]; n > k."""
     found = []
     for rows in _blocks(features, block):
-        nearest = features.new_empty((len(rows), 0))
+        nearest: list[Tensor] = []
         for others in _blocks(features, block):
-            both = torch.cat([nearest, distance(rows, others)], 1)
-            nearest = both.topk(min(k + 1, both.shape[1]), largest=False).values  # its own distance counts as one
-        found.append(nearest[:, k])
+            gaps = distance(rows, others)
+            nearest.append(gaps.topk(min(k + 1, gaps.shape[1]), largest=False).values)
+        found.append(torch.cat(nearest, 1).kthvalue(k + 1).values)  # the row itself is among the nearest
     return torch.cat(found)
 
 
@@ -71,8 +76,7 @@ def precision_recall_density_coverage(
     Returns:
         ``precision``, ``recall``, ``density``, ``coverage``.
     """
-    samples, reference = samples.double(), reference.double()
-    inside = partial(_inside, distance=torch.cdist, strict=True, block=block)
+    inside = partial(_inside, distance=exact_distances, strict=True, block=block)
     per_sample, per_real_ball = inside(samples, reference, radii(reference, k=k, block=block))
     per_real, _ = inside(reference, samples, radii(samples, k=k, block=block))
     return {

@@ -9,6 +9,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def save_statistics(path: Path, statistics: SetStatistics) -> Path:
             np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"statistics cannot be written to {path} ({error.strerror}); choose another place") from error
     return path
 
