@@ -34,11 +34,12 @@ class Tokenizer(nn.Module, ABC):
         training_progress: part of training done, 0..1, kept by the training loop for losses that change with it.
     """
 
-    def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int, num_frames: int | None = None):
+    num_frames: int | None = None
+    training_progress: float = 0.0
+
+    def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int):
         super().__init__()
-        self.training_progress = 0.0
         self.image_size = image_size
-        self.num_frames = num_frames
         self.grid = grid
         self.codebook_size = codebook_size
 

@@ -109,10 +109,10 @@ class LARP(Tokenizer):
                 raise UserError(f"tokenizer.{key}={weight} must not be negative")
         super().__init__(
             image_size=image_size,
-            num_frames=num_frames,
             grid=tuple(nominal_grid) if nominal_grid else (num_tokens,),
             codebook_size=codebook_size,
         )
+        self.num_frames: int = num_frames
         self.patch = (patch[0], patch[1], patch[2])
         self.patch_grid = (num_frames // patch[0], image_size // patch[1], image_size // patch[2])
         self.quantizer_weight, self.prior_weight = quantizer_weight, prior_weight
@@ -250,11 +250,7 @@ class LARP(Tokenizer):
         """
         if ids.dim() != 2 or ids.shape[1] != self.num_tokens:
             raise UserError(f"ids of shape {list(ids.shape)} are not [B, {self.num_tokens}] as this tokenizer needs")
-        return self.decode_latents(self.bottleneck.regularizer.lookup(ids), frames or self._full())
-
-    def _full(self) -> int:
-        assert self.num_frames is not None
-        return self.num_frames
+        return self.decode_latents(self.bottleneck.regularizer.lookup(ids), frames or self.num_frames)
 
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Reconstruct clips [B, 3, T, H, W] with gradients through the quantizer; the prior judges the codes."""
