@@ -184,6 +184,8 @@ def _complete(path: str | Path) -> Iterator[str]:
         yield str(partial)
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place or name") from error
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}); choose another place or name"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -186,7 +186,9 @@ def moving_digits(
         if value < 1:
             raise UserError(f"data.{key}={value} must be at least 1")
     if not 0 <= min_speed <= max_speed:
-        raise UserError(f"data.min_speed={min_speed} must lie between 0 and data.max_speed={max_speed} pixels per frame")
+        raise UserError(
+            f"data.min_speed={min_speed} must lie between 0 and data.max_speed={max_speed} pixels per frame"
+        )
     if min(train_clips, val_clips) < 10:
         raise UserError("data.train_clips and data.val_clips must be at least 10, one per class")
     bunch = load_digits()
