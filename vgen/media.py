@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -92,7 +93,7 @@ def save_gif(clip: Tensor, path: str | Path, *, fps: float) -> Path:
         raise UserError(f"fps={fps} is too fast for a GIF (at most {_FASTEST_GIF:.0f}); write an MP4 or lower fps")
     pictures = [Image.fromarray(frame) for frame in _frames(clip, fps).contiguous().numpy()]
     ends = [round(100 * number / fps) for number in range(len(pictures) + 1)]
-    times = [10 * (end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    times = [10 * (end - start) for start, end in pairwise(ends)]
     with _complete(path) as partial:
         pictures[0].save(partial, format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
     return Path(path)
@@ -131,12 +132,12 @@ def strips(clips: Tensor, *, most: int = 16) -> tuple[Tensor, int]:
 
 
 def contact_sheet(clips: Tensor, path: str | Path, *, frames: int = 8, scale: int = 1) -> Path:
-    """Write clips uint8 [B, 3, T, H, W] as one PNG: a row per clip, at most ``frames`` of its frames from left to right.
+    """Write clips as one PNG: a row per clip, its frames from left to right.
 
     Args:
-        clips: the clips.
+        clips: uint8 [B, 3, T, H, W].
         path: file to write; its folder is made if needed.
-        frames: frames per clip.
+        frames: frames per clip at most, evenly spread.
         scale: integer magnification.
     """
     cells, columns = strips(clips, most=frames)
@@ -184,8 +185,6 @@ def _complete(path: str | Path) -> Iterator[str]:
         yield str(partial)
         partial.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror or error}); choose another place or name"
-        ) from error
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
     finally:
         partial.unlink(missing_ok=True)

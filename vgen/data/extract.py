@@ -165,8 +165,8 @@ def _check_options(
     frames = getattr(dataset, "num_frames", None)
     if tokenizer.num_frames != frames:
         raise UserError(
-            f"the tokenizer encodes {_kind(tokenizer.num_frames)} but the data are {_kind(frames)}; make data.num_frames "
-            "and tokenizer.num_frames agree"
+            f"the tokenizer encodes {_kind(tokenizer.num_frames)} but the data are {_kind(frames)}; make "
+            "data.num_frames and tokenizer.num_frames agree"
         )
     if augmentation == "ten_crop" and frames is not None:
         raise UserError("augmentation=ten_crop is for pictures; use flip or none for clips")

@@ -1,6 +1,6 @@
 """The embedded video data set: scanned handwritten digits that move and bounce, made when drawn, without any download.
 
-In the manner of Moving MNIST (Srivastava et al., arXiv 1502.04681), with the digits of scikit-learn and a class per clip.
+In the manner of Moving MNIST (Srivastava et al., arXiv 1502.04681), with scikit-learn's digits and a class per clip.
 """
 
 import hashlib

@@ -138,9 +138,9 @@ class VideoClips:
         clips, used, broken = [], [], []
         for wanted, draw in draws:
             state = int(keyed_uniform(self.options.seed, draw) * 2.0**48)
-            clip, index, skipped = self._readable(wanted, random.Random(state))
+            clip, readable, skipped = self._readable(wanted, random.Random(state))
             clips.append(clip)
-            used.append(index)
+            used.append(readable)
             broken += skipped
         index = torch.tensor(used, dtype=torch.int64)
         return {"pixels": torch.stack(clips), "label": self.labels[index], "index": index, "broken": broken}
@@ -256,12 +256,11 @@ def video_source(
             (infos, torch.arange(len(train[1]))),
             (index_videos(val[0], options.index_folder), torch.arange(len(val[1]))),
         ]
-    sets = []
-    for (reader, labels), (facts, members), choice in zip(
-        (train, val), parts, (options.train_clips, options.val_clips), strict=True
-    ):
-        clips = _cut(reader, labels, facts, members, choice, options, where)
-        sets.append(clips)
+    choices = (options.train_clips, options.val_clips)
+    sets = [
+        _cut(*split, *part, choice, options, where)
+        for split, part, choice in zip((train, val), parts, choices, strict=True)
+    ]
     return DataSource(name, sets[0], sets[1].without_augmentation(), count, names, options.image_size)
 
 

@@ -91,8 +91,8 @@ def _csv_list(root: Path, path: Path) -> Rows:
     if {"label", "youtube_id", "time_start", "time_end"} <= columns:
         return [(_kinetics_file(root, row), row["label"]) for row in rows]
     raise UserError(
-        f"{path} has the columns {', '.join(sorted(columns)) or 'of an empty file'}; needed are path with action or label, "
-        "or label, youtube_id, time_start and time_end"
+        f"{path} has the columns {', '.join(sorted(columns)) or 'of an empty file'}; needed are path with action "
+        "or label, or label, youtube_id, time_start and time_end"
     )
 
 

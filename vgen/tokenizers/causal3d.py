@@ -6,6 +6,7 @@ encoded alone, then groups of frames; a picture is a clip of one frame.
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from vgen.errors import UserError
 from vgen.tokenizers.base import Tokenizer, TokenizerOutput
 from vgen.tokenizers.causal3d_net import CausalDecoder, CausalEncoder, Memory
+from vgen.tokenizers.fsq import FSQ
 from vgen.tokenizers.quantize import Quantized, VectorQuantizer
 
 TIME_PADDINGS = ("first", "zeros")
 
 
 class Causal3D(Tokenizer):
-    """Causal convolutional encoder and decoder around a vector quantizer.
+    """Causal convolutional encoder and decoder around a vector quantizer or finite scalar quantization.
 
     Clips of 1 + k * time_stride frames and any height and width divisible by the space stride are accepted;
     `num_frames` and `image_size` only fix the usual grid (1 + (num_frames - 1) / time_stride, side, side).
@@ -27,20 +29,14 @@ class Causal3D(Tokenizer):
     Args:
         image_size: side in pixels of the frames.
         num_frames: frames of a clip.
-        patch_size: the networks see squares of so many pixels folded into channels, which makes them cheaper; 1 = pixels.
+        patch_size: side of the squares of pixels folded into channels first, to make the networks cheaper; 1 = none.
         base_channels: channels at the resolution of the patches.
         multipliers: channel multiplier of every resolution, highest resolution first.
         time_strides: 1 or 2 between each two resolutions.
         space_strides: likewise.
         num_res_blocks: residual blocks per resolution of the encoder (the decoder has one more).
         z_channels: channels between the convolutional networks and the quantizer's 1x1x1 convolutions.
-        codebook_size: number of codes.
-        codebook_dim: length of a code.
-        l2_normalize: use unit vectors as codes.
-        commitment_weight: weight of the commitment loss.
-        entropy_weight: weight of the entropy loss.
-        entropy_temperature: temperature inside the entropy loss.
-        usage_window: tokens over which codebook usage is counted.
+        quantizer: turns latents into codes.
         norm_groups: groups of the group normalisation (the greatest common divisor with the channels is used).
         time_padding: what stands before the first frame: ``first`` (copies of it) or ``zeros``.
         gradient_checkpointing: recompute layers in the backward pass instead of storing their activations.
@@ -61,13 +57,7 @@ class Causal3D(Tokenizer):
         space_strides: Sequence[int],
         num_res_blocks: int,
         z_channels: int,
-        codebook_size: int,
-        codebook_dim: int,
-        l2_normalize: bool,
-        commitment_weight: float,
-        entropy_weight: float,
-        entropy_temperature: float,
-        usage_window: int,
+        quantizer: VectorQuantizer | FSQ,
         norm_groups: int,
         time_padding: str,
         gradient_checkpointing: bool,
@@ -88,11 +78,11 @@ class Causal3D(Tokenizer):
         super().__init__(
             image_size=image_size,
             grid=(token_frames(num_frames, time_stride), image_size // space_stride, image_size // space_stride),
-            codebook_size=codebook_size,
+            codebook_size=quantizer.codebook_size,
         )
         self.num_frames: int = num_frames
         self.time_stride, self.space_stride = time_stride, space_stride
-        network = {
+        network: dict[str, Any] = {
             "patch_size": patch_size,
             "base_channels": base_channels,
             "multipliers": multipliers,
@@ -106,15 +96,8 @@ class Causal3D(Tokenizer):
         }
         self.encoder = CausalEncoder(**network)
         self.decoder = CausalDecoder(**network)
-        self.quantize = VectorQuantizer(
-            codebook_size=codebook_size,
-            codebook_dim=codebook_dim,
-            l2_normalize=l2_normalize,
-            commitment_weight=commitment_weight,
-            entropy_weight=entropy_weight,
-            entropy_temperature=entropy_temperature,
-            usage_window=usage_window,
-        )
+        self.quantize = quantizer
+        codebook_dim = quantizer.codebook.shape[1]
         self.quant_conv = nn.Conv3d(z_channels, codebook_dim, 1)
         self.post_quant_conv = nn.Conv3d(codebook_dim, z_channels, 1)
         self._compiled: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
@@ -178,6 +161,8 @@ class Causal3D(Tokenizer):
     def encode(self, pixels: Tensor, memory: Memory | None = None) -> Tensor:
         """Clips [B, 3, T, H, W] or pictures [B, 3, H, W] in [-1, 1] to ids int64 [B, N] in t, h, w order."""
         latents = self.latents(pixels, memory)
+        if isinstance(self.quantize, FSQ):
+            return self.quantize(latents.movedim(1, -1))[1].flatten(1)
         with torch.autocast(latents.device.type, enabled=False):
             ids = self.quantize.nearest(self.quantize.rows(latents.flatten(2, 3)), self.codebook)
         return ids.view(len(pixels), -1)
@@ -200,24 +185,30 @@ class Causal3D(Tokenizer):
         shape = tuple(self.grid if grid is None else grid)
         if len(shape) != 3 or ids.dim() != 2 or ids.shape[1] != prod(shape):
             raise UserError(f"ids of shape {list(ids.shape)} do not fill a token grid of {shape}; pass grid=")
-        return self.decode_latents(self.quantize.lookup(ids).transpose(1, 2).unflatten(2, shape), memory)
+        codes = self.quantize.codes(ids) if isinstance(self.quantize, FSQ) else self.quantize.lookup(ids)
+        return self.decode_latents(codes.transpose(1, 2).unflatten(2, shape), memory)
 
-    def _quantized(self, latents: Tensor) -> tuple[Tensor, Quantized]:
-        """Quantize [B, C, t, h, w]; the quantizer knows two axes."""
+    def _quantized(self, latents: Tensor) -> Quantized:
+        """Quantize [B, C, t, h, w]."""
+        if isinstance(self.quantize, FSQ):
+            codes, ids = self.quantize(latents.movedim(1, -1))
+            return Quantized(codes.movedim(-1, 1), ids.flatten(1), {})
+        # The vector quantizer knows two axes.
         quantized = self.quantize(latents.flatten(2, 3))
-        return quantized.latent.unflatten(2, latents.shape[2:4]), quantized
+        return Quantized(quantized.latent.unflatten(2, latents.shape[2:4]), quantized.ids, quantized.losses)
 
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Reconstruct clips [B, 3, T, H, W], or pictures [B, 3, H, W], with gradients through the quantizer."""
-        latent, quantized = self._quantized(self.latents(pixels))
-        reconstruction = self.decode_latents(latent)
+        quantized = self._quantized(self.latents(pixels))
+        reconstruction = self.decode_latents(quantized.latent)
         if pixels.dim() == 4:
             reconstruction = reconstruction.squeeze(2)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses)
 
     def statistics(self, ids: Tensor) -> dict[str, Tensor]:
-        """Perplexity of `ids` and the share of the codebook used in the recent window of training tokens."""
-        return super().statistics(ids) | {"codebook_usage": self.quantize.usage()}
+        """Perplexity of `ids` and, with learned codes, the share of them used in the recent window of training tokens."""
+        usage = {} if isinstance(self.quantize, FSQ) else {"codebook_usage": self.quantize.usage()}
+        return super().statistics(ids) | usage
 
 
 def token_frames(frames: int, stride: int) -> int:

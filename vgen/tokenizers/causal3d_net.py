@@ -7,6 +7,7 @@ time would let a future frame change a past latent.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +192,7 @@ class CausalEncoder(_Stack):
         super().__init__()
         self.patch_size, self.gradient_checkpointing = patch_size, gradient_checkpointing
         widths = [base_channels * m for m in (multipliers[0], *multipliers)]
-        options = {"groups": groups, "time_padding": time_padding}
+        options: dict[str, Any] = {"groups": groups, "time_padding": time_padding}
         layers: list[nn.Module] = [CausalConv3d(3 * patch_size**2, widths[0], time_padding=time_padding)]
         for level, (before, width) in enumerate(pairwise(widths)):
             ends = [before] + [width] * num_res_blocks
@@ -231,7 +232,7 @@ class CausalDecoder(_Stack):
         super().__init__()
         self.patch_size, self.gradient_checkpointing = patch_size, gradient_checkpointing
         widths = [base_channels * m for m in (*multipliers, multipliers[-1])][::-1]
-        options = {"groups": groups, "time_padding": time_padding}
+        options: dict[str, Any] = {"groups": groups, "time_padding": time_padding}
         layers: list[nn.Module] = [CausalConv3d(z_channels, widths[0], time_padding=time_padding)]
         layers += _middle(widths[0], options)
         strides = list(zip(time_strides, space_strides, strict=True))[::-1]

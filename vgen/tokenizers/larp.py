@@ -158,7 +158,7 @@ class LARP(Tokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         """Weight of the layer that makes patch values."""
-        return self.final_layer.linear.weight
+        return self.final_layer.get_parameter("linear.weight")
 
     def compile_parts(self) -> None:
         """Compile the two transformers in place for training; names of parameters stay."""

@@ -40,7 +40,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv3d(3, dim, patch, stride=patch)
         nn.init.xavier_uniform_(self.proj.weight.data.view(dim, -1))
-        nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.get_parameter("proj.bias"))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Embed the patches."""

@@ -195,7 +195,7 @@ def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
     if source.num_frames != tokenizer.num_frames:
         what = "pictures" if source.num_frames is None else f"clips of {source.num_frames} frames"
         raise UserError(
-            f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of the same "
+            f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of one "
             "kind and length"
         )
 
