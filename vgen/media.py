@@ -6,7 +6,7 @@ For viewing only: MP4 and GIF lose information, so nothing is ever measured on t
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -187,4 +187,5 @@ def _complete(path: str | Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()

@@ -145,4 +145,5 @@ def _opened(video: VideoFile, name: str) -> Iterator[tuple[Any, Any]]:
                 stream.thread_type = "AUTO"
             yield container, stream
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise BrokenVideoError(f"{name} ({' '.join(str(error).split()) or type(error).__name__})") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise BrokenVideoError(f"{name} ({reason})") from error

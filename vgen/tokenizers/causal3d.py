@@ -206,7 +206,7 @@ class Causal3D(Tokenizer):
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses)
 
     def statistics(self, ids: Tensor) -> dict[str, Tensor]:
-        """Perplexity of `ids` and, with learned codes, the share of them used in the recent window of training tokens."""
+        """Perplexity of `ids` and, with learned codes, the share of them used in the recent training tokens."""
         usage = {} if isinstance(self.quantize, FSQ) else {"codebook_usage": self.quantize.usage()}
         return super().statistics(ids) | usage
 
