@@ -79,6 +79,19 @@ def test_stored_statistics_replace_the_pictures(files):
         run(files, "evaluation.features_name=other", reference="ours.npz")
 
 
+def test_statistics_of_a_set_are_written_and_read(files):
+    tiny = f"evaluation.features={files}/tiny.pt"
+    fixed = ("job=statistics", f"samples={files}/real.npz", "device=cpu", "metrics=[fd]")
+    assert evaluate(compose_config(*fixed, tiny, f"out={files}/stats.npz")) == {}
+    report = run(files, reference="stats.npz")
+    assert report["metrics"]["fd_tiny"] == pytest.approx(run(files)["metrics"]["fd_tiny"], rel=1e-12)
+    assert report["n_reference"] == 60
+    assert report["dataset"]["statistics"] == "stored"
+    for overrides, message in (((tiny, "out=a.json"), "must end in .npz"), (("metrics=[psnr]",), "needs an extractor")):
+        with pytest.raises(UserError, match=message):
+            evaluate(compose_config(*fixed, f"out={files}/x.npz", *overrides))
+
+
 def test_a_reference_batch_gives_statistics_and_pictures(files):
     _, fit = fit_of(files)
     pictures = quadrant_pictures(20, seed=5)[0]  # other pictures than the statistics were made of

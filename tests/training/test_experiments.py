@@ -19,13 +19,14 @@ PARAMETERS = {
     "llamagen_xxl": 1_410_972_672,
     "llamagen_3b": 3_096_659_200,
     "imagenet256_vq16": 71_883_403,
+    "ucf101_larp": 193_880_224,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
 
 
 def settings_of(recipe: str) -> dict:
-    needed = [] if recipe.startswith("digits") else ["data.path=/somewhere"]
+    needed = [] if "digits" in recipe else ["data.path=/somewhere"]
     return resolve(composed(f"experiment={recipe}", *needed))
 
 

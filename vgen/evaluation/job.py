@@ -20,21 +20,23 @@ from vgen.evaluation.extractors import clip_extractor, perceptual_network, pictu
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.generation import Generation, is_release, release_kind
 from vgen.evaluation.pictures import Pictures
+from vgen.evaluation.real_side import batch_size
 from vgen.evaluation.reconstruction_job import ReconstructionJob
 from vgen.evaluation.report import print_report, provenance, writable_report, write_report
 from vgen.evaluation.samples_job import SamplesJob
 from vgen.evaluation.settings import EvaluationSettings
 from vgen.evaluation.sources import open_reference, open_set, take
+from vgen.evaluation.statistics_job import measure_statistics
 from vgen.evaluation.table import job_folder, write_table
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype, rank
 from vgen.sampling.settings import Sampling
 
-JOBS = ("auto", "samples", "reconstruction")
+JOBS = ("auto", "samples", "reconstruction", "statistics")
 
 
 def pick_job(config: DictConfig) -> str:
-    """Which job the configuration describes: ``samples`` or ``reconstruction``.
+    """Which job the configuration describes: ``samples``, ``reconstruction`` or ``statistics``.
 
     Raises:
         UserError: if it is ambiguous, or what is to be scored is missing or does not fit the job.
@@ -50,6 +52,8 @@ def pick_job(config: DictConfig) -> str:
     kind = release_kind(Path(str(config.checkpoint)).expanduser()) if given == ["checkpoint"] else "samples"
     if config.job == "reconstruction" and kind == "generator":
         raise UserError("job=reconstruction needs the release folder of a tokenizer, or samples=<reconstructions>")
+    if config.job == "statistics" and kind != "samples":
+        raise UserError("job=statistics needs samples=<the set to measure>; to score a generator leave job out")
     if config.job == "samples" and kind == "tokenizer":
         raise UserError(f"checkpoint={config.checkpoint} is a tokenizer and draws no samples; use job=reconstruction")
     if config.job != "auto":
@@ -208,7 +212,7 @@ def evaluate(config: DictConfig) -> dict:
         config: composed ``configs/evaluate.yaml``.
 
     Returns:
-        The report; complete on process 0.
+        The report, complete on process 0; empty for job=statistics, which writes an .npz file instead.
 
     Raises:
         UserError: for anything the user can mend, before the scoring starts where it can be known then.
@@ -217,6 +221,9 @@ def evaluate(config: DictConfig) -> dict:
     name = pick_job(config)
     _check_counts(config)
     settings = load_settings(config)
+    if name == "statistics":
+        _write_statistics(config, settings)
+        return {}
     out = _output(config, str(config.checkpoint or config.samples))
     job = make_job(config, settings, out)
     with joined(pick_device(config.device), stay=_multirun()) as processes:
@@ -231,6 +238,24 @@ def evaluate(config: DictConfig) -> dict:
             table = write_table(_sweep_folder(config))
             print(f"table of the runs so far: {table}")
     return report
+
+
+def _write_statistics(config: DictConfig, settings: EvaluationSettings) -> None:
+    device, source = pick_device(config.device), _load_source(config)
+    out = Path(str(config.out if config.out is not None else f"{config.samples}.statistics.npz")).expanduser()
+    if out.suffix != ".npz":
+        raise UserError(f"out={out} must end in .npz; job=statistics writes a file that reference= reads")
+    writable_report(out)
+    found = open_set(str(config.samples), key="samples", source=source, clips=settings.clips)
+    pictures, _ = take(found, config.num_samples, key="samples")
+    extractor = _extractor(settings, device, clips=pictures.frames is not None)
+    if extractor is None:
+        raise UserError("job=statistics needs an extractor; choose one with evaluation=fid or evaluation.features=...")
+    with joined(device, stay=_multirun()) as processes:
+        size = batch_size(settings, pictures)
+        measure_statistics(pictures, extractor=extractor, batch_size=size, processes=processes, out=out)
+    if rank() == 0:
+        print(f"statistics of {len(pictures)} items: {out}")
 
 
 def _report(

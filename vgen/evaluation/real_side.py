@@ -42,14 +42,24 @@ def measure_reference(
     wanted: Wanted,
     *,
     extractor: AnyExtractor,
-    settings: EvaluationSettings,
     processes: Processes,
+    size: int,
+    cache: str | None,
     warnings: list[str],
 ) -> RealSide:
     """Bring together what ``wanted`` names; every process must call this.
 
     Statistics of a file are used as they are. Others are looked up in the cache by the content of the reference and the
     conventions of the extractor, and stored there when they had to be computed.
+
+    Args:
+        reference: the real side.
+        wanted: ``gaussian``, ``spatial``, ``features``.
+        extractor: of the samples too.
+        processes: that share the reference.
+        size: items per forward pass of a process.
+        cache: folder of computed statistics, None for none.
+        warnings: added to.
 
     Raises:
         UserError: if features are wanted but the reference holds statistics only.
@@ -66,22 +76,17 @@ def measure_reference(
             )
         return RealSide(statistics, origin=origin)
     height, width = reference.pictures.read([0]).shape[-2:]
-    size = (height, width)
-    cache, content = None, ""
-    if fits and statistics is None and settings.cache is not None:
-        cache = StatisticsCache(Path(settings.cache).expanduser())
-        statistics, content = _cached(cache, reference.pictures, extractor, wanted, processes)
+    resolution = (height, width)
+    store, content = None, ""
+    if fits and statistics is None and cache is not None:
+        store = StatisticsCache(Path(cache).expanduser())
+        statistics, content = _cached(store, reference.pictures, extractor, wanted, processes)
         origin = "cached"
     found = int(processes.sum(torch.tensor(int(statistics is not None))))
     compute = fits and not found
     if not compute and not wanted.features:
-        return RealSide(statistics, size=size, origin=origin if fits else None)
-    batches = read_batches(
-        reference.pictures,
-        batch_size=batch_size(settings, reference.pictures),
-        processes=processes,
-        description="reference",
-    )
+        return RealSide(statistics, size=resolution, origin=origin if fits else None)
+    batches = read_batches(reference.pictures, batch_size=size, processes=processes, description="reference")
     collected = collect(
         batches,
         total=len(reference.pictures),
@@ -94,12 +99,12 @@ def measure_reference(
         warnings.append(collected.remark)
     if compute:
         statistics, origin = collected.statistics, "computed"
-        if cache is not None and statistics is not None and processes.rank == 0:
+        if store is not None and statistics is not None and processes.rank == 0:
             try:
-                cache.put(content, statistics)
+                store.put(content, statistics)
             except (UserError, OSError) as error:  # the score is worth more than its shortcut
                 warnings.append(str(error))
-    return RealSide(statistics, collected.features, size, origin if fits else None)
+    return RealSide(statistics, collected.features, resolution, origin if fits else None)
 
 
 def _cached(

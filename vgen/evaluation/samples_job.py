@@ -117,12 +117,8 @@ class SamplesJob:
                 "pictures" if f is None else f"clips of {f} frames" for f in (self.samples.frames, pictures.frames)
             ]
             raise UserError(f"the samples are {shown[0]} but the reference {pictures.name} holds {shown[1]}")
-        stored = self.reference.statistics
-        if stored is not None and self.extractor is not None and stored.pool.dim != self.extractor.dim:
-            raise UserError(
-                f"reference={self.reference.name} was made with {stored.pool.dim} features, {self.extractor.name} has "
-                f"{self.extractor.dim}"
-            )
+        if self.extractor is not None:
+            self.reference.check_width(self.extractor.dim, self.extractor.name)
 
     def run(self, processes: Processes) -> dict:
         """Compute the metrics; the result is complete on process 0.
@@ -148,8 +144,9 @@ class SamplesJob:
                 self.reference,
                 Wanted(gaussian=fits.gaussian, spatial=fits.spatial, features=wanted.features),
                 extractor=self.extractor,
-                settings=self.settings,
                 processes=processes,
+                size=batch_size(self.settings, pictures),
+                cache=self.settings.cache,
                 warnings=self.warnings,
             )
         values: dict[str, float] = {}

@@ -47,6 +47,17 @@ class Reference:
             return self.statistics.pool.count or None
         return None if self.pictures is None else len(self.pictures)
 
+    def check_width(self, dim: int, extractor: str) -> None:
+        """Refuse stored statistics of another number of features than the extractor's, before any work.
+
+        Raises:
+            UserError: naming both numbers.
+        """
+        if self.statistics is not None and self.statistics.pool.dim != dim:
+            raise UserError(
+                f"reference={self.name} was made with {self.statistics.pool.dim} features, {extractor} has {dim}"
+            )
+
 
 def open_set(where: str, *, key: str, source: DataSource | None, clips: ClipChoice | None = None) -> Pictures:
     """Open ``data``, ``data.train``, ``data.val``, or what :func:`vgen.evaluation.readers.open_pictures` opens.
@@ -69,6 +80,7 @@ def open_reference(
     *,
     source: DataSource | None,
     seed: int,
+    key: str = "reference",
     clips: ClipChoice | None = None,
     expected: Mapping[str, Any] | None = None,
 ) -> Reference:
@@ -82,6 +94,7 @@ def open_reference(
         where: ``data``, ``data.val``, a folder or a file.
         source: data set that ``data`` means.
         seed: of the held-out part.
+        key: configuration key that ``where`` came from, for messages.
         clips: which frames of video files make a clip.
         expected: conventions that stored statistics must have been made with, as far as they say.
 
@@ -94,9 +107,9 @@ def open_reference(
         batch = ArrayPictures(path) if "arr_0" in array_names(path) else None
         split = _held_out(batch, seed) if batch is not None else {}
         return Reference(str(path), batch, **split, statistics=statistics, sha256=file_sha256(path))
-    pictures = open_set(where, key="reference", source=source, clips=clips)
+    pictures = open_set(where, key=key, source=source, clips=clips)
     if SPLITS.get(where) == "train":
-        held_out = open_set("data.val", key="reference", source=source)
+        held_out = open_set("data.val", key=key, source=source)
         return Reference(pictures.name, pictures, pictures, held_out, "data group")
     return Reference(pictures.name, pictures, **_held_out(pictures, seed))
 

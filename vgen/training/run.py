@@ -212,6 +212,7 @@ def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics, devi
                 sampling=make(config["sampling"], "sampling"),
                 seed=config["seed"],
                 device=device,
+                cache=str(Path(config["paths"]["cache"]) / "statistics"),
                 metrics=metrics,
             )
         )

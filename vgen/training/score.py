@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,11 +13,12 @@ import torch.distributed as dist
 
 from vgen.data.source import DataSource
 from vgen.errors import UserError
-from vgen.evaluation.collect import Collected, PictureBatch, Wanted, collect, read_batches
+from vgen.evaluation.collect import Collected, PictureBatch, Wanted, collect, conventions, read_batches
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import frechet_distance
 from vgen.evaluation.metrics import kernel_distance
-from vgen.evaluation.sources import open_set, take
+from vgen.evaluation.real_side import RealSide, measure_reference
+from vgen.evaluation.sources import Reference, open_reference, take
 from vgen.pixels import from_uint8, to_uint8
 from vgen.processes import Processes
 from vgen.runtime import progress_bar
@@ -45,7 +46,7 @@ class ScoreSettings:
         features_name: name of a TorchScript file's scores; its file stem when None.
         weights: file or folder of published weights.
         samples: generated pictures, or originals a tokenizer reconstructs.
-        reference: ``data`` (training pictures), ``data.val``, a folder or an .npz file.
+        reference: ``data`` (training pictures), ``data.val``, a folder, a file of pictures or of statistics.
         reference_samples: real pictures compared with; None = all.
         batch_size: pictures per batch and process.
         kid_subsets: random subsets of the kernel distance.
@@ -108,6 +109,7 @@ class Score(StepCallback):
         sampling: how to sample (generators).
         seed: of labels and subsets.
         device: of the extractor.
+        cache: folder of reference statistics, shared with evaluate.py.
         metrics: where the score is logged, and whose clock is stopped meanwhile.
 
     Raises:
@@ -123,6 +125,7 @@ class Score(StepCallback):
         sampling: Sampling,
         seed: int,
         device: torch.device,
+        cache: str | None,
         metrics: Metrics,
     ) -> None:
         super().__init__()
@@ -137,9 +140,19 @@ class Score(StepCallback):
         self.extractor: Extractor = load_extractor(
             settings.features, name=settings.features_name, weights=settings.weights, device=device
         )
-        pictures = open_set(settings.reference, key="score.reference", source=source)
-        self.reference, _ = take(pictures, settings.reference_samples, key="score.reference")
-        self._real: Collected | None = None
+        reference = open_reference(
+            settings.reference, source=source, seed=seed, key="score.reference", expected=conventions(self.extractor)
+        )
+        if reference.pictures is not None and reference.statistics is None:
+            pictures, _ = take(reference.pictures, settings.reference_samples, key="score.reference")
+            reference = replace(reference, pictures=pictures)
+        elif reference.pictures is None and settings.metric == "kid":
+            raise UserError(
+                f"score.reference={settings.reference} holds statistics only, but score.metric=kid needs pictures"
+            )
+        self.reference = reference
+        self.cache = cache
+        self._real: RealSide | None = None
         self._processes = Processes()
 
     @property
@@ -171,10 +184,29 @@ class Score(StepCallback):
             group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
             self._processes = Processes(trainer.global_rank, trainer.world_size, group)
         if isinstance(pl_module, TokenizerModule):
-            self.reference, _ = take(self.reference, min(self.settings.samples, len(self.reference)), key="score")
+            self._cut_originals()
         began = time.monotonic()
-        self._real = self._collect(self._read("score: reference"), len(self.reference))
+        kid = self.settings.metric == "kid"
+        self._real = measure_reference(
+            self.reference,
+            Wanted(gaussian=not kid, features=kid),
+            extractor=self.extractor,
+            processes=self._processes,
+            size=self.settings.batch_size,
+            cache=self.cache,
+            warnings=[],
+        )
         self.metrics.pause(time.monotonic() - began)
+
+    def _cut_originals(self) -> None:
+        """A tokenizer is scored on the first ``samples`` pictures of the reference, against the same pictures."""
+        if self.reference.pictures is None:
+            raise UserError(
+                f"score.reference={self.settings.reference} holds no pictures for the tokenizer to reconstruct"
+            )
+        count = min(self.settings.samples, len(self.reference.pictures))
+        pictures, _ = take(self.reference.pictures, count, key="score.reference")
+        self.reference = Reference(self.reference.name, pictures)
 
     def on_step(self, trainer: pl.Trainer, module: TrainingModule, batch: dict[str, Any]) -> None:
         """Score if it is due, and after the last step."""
@@ -209,11 +241,11 @@ class Score(StepCallback):
         self._processes.agree(failure)
         return float(self._processes.sum(value))
 
-    def _distance(self, made: Collected, real: Collected) -> float:
+    def _distance(self, made: Collected, real: RealSide) -> float:
         if self.settings.metric == "fd":
             assert made.gaussian is not None
-            assert real.gaussian is not None
-            return frechet_distance(made.gaussian, real.gaussian)
+            assert real.statistics is not None
+            return frechet_distance(made.gaussian, real.statistics.pool)
         assert made.features is not None
         assert real.features is not None
         size = min(self.settings.kid_subset_size, len(made.features), len(real.features))
@@ -222,7 +254,10 @@ class Score(StepCallback):
         )[0]
 
     def _count(self, module: TrainingModule) -> int:
-        return len(self.reference) if isinstance(module, TokenizerModule) else self.settings.samples
+        if not isinstance(module, TokenizerModule):
+            return self.settings.samples
+        assert self.reference.pictures is not None
+        return len(self.reference.pictures)
 
     def _collect(self, batches: Iterator[PictureBatch], total: int) -> Collected:
         kid = self.settings.metric == "kid"
@@ -234,10 +269,6 @@ class Score(StepCallback):
             processes=self._processes,
             name=self.reference.name,
         )
-
-    def _read(self, description: str) -> Iterator[PictureBatch]:
-        size = self.settings.batch_size
-        return read_batches(self.reference, batch_size=size, processes=self._processes, description=description)
 
     def _batches(self, module: TrainingModule) -> Iterator[PictureBatch]:
         if isinstance(module, TokenizerModule):
@@ -257,7 +288,14 @@ class Score(StepCallback):
                 bar.update(len(index))
 
     def _reconstructions(self, module: TokenizerModule) -> Iterator[PictureBatch]:
-        for batch in self._read("score: reconstructions"):
+        assert self.reference.pictures is not None
+        batches = read_batches(
+            self.reference.pictures,
+            batch_size=self.settings.batch_size,
+            processes=self._processes,
+            description="score: reconstructions",
+        )
+        for batch in batches:
             with torch.inference_mode():
                 ids = module.tokenizer.encode(from_uint8(batch.pictures).to(module.device))
                 made = to_uint8(module.tokenizer.decode(ids))
