@@ -11,6 +11,7 @@ from vgen.evaluation.clip_features import ClipExtractor
 from vgen.evaluation.features import Extractor, Features
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian
 from vgen.evaluation.pictures import Pictures, RangeGuard
+from vgen.evaluation.prefetch import ahead
 from vgen.evaluation.statistics import SetStatistics
 from vgen.processes import Processes
 from vgen.runtime import progress_bar
@@ -79,15 +80,20 @@ class Collected:
 def read_batches(
     pictures: Pictures, *, batch_size: int, processes: Processes, description: str
 ) -> Iterator[PictureBatch]:
-    """Read this process's share of a set batch by batch, with a progress bar."""
+    """Read this process's share of a set batch by batch, ahead of the consumer, with a progress bar."""
     share = list(processes.share(len(pictures)))
     unit = "img" if pictures.frames is None else "clip"
-    with progress_bar(description, total=len(share), unit=unit) as bar:
+
+    def read() -> Iterator[PictureBatch]:
         for start in range(0, len(share), batch_size):
             index = share[start : start + batch_size]
             labels = None if pictures.labels is None else pictures.labels[torch.tensor(index)]
             yield PictureBatch(pictures.read(index), labels, torch.tensor(index))
-            bar.update(len(index))
+
+    with progress_bar(description, total=len(share), unit=unit) as bar:
+        for batch in ahead(read()):
+            yield batch
+            bar.update(len(batch.index))
 
 
 def extract(extractor: AnyExtractor, items: Tensor) -> Features:
