@@ -80,7 +80,7 @@ def test_bad_videos_and_missing_choice(folder):
     with pytest.raises(UserError, match=r"evaluation\.clips"):
         open_pictures(folder, key="reference")
     (folder / "bad.mp4").write_bytes(b"")
-    with pytest.raises(UserError, match=r"bad\.mp4 cannot be read as a video"):
+    with pytest.raises(UserError, match=r"bad\.mp4 .*replace or remove the file"):
         open_pictures(folder, key="reference", clips=ClipChoice(frames=4))
     with pytest.raises(UserError, match=r"evaluation\.clips\.window=last is unknown"):
         ClipChoice(frames=4, window="last")

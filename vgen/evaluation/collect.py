@@ -81,16 +81,11 @@ class Collected:
 def read_batches(
     pictures: Pictures, *, batch_size: int, processes: Processes, description: str
 ) -> Iterator[PictureBatch]:
-    """Read this process's share of a set batch by batch, ahead of who scores it, with a progress bar."""
-    return ahead(_read_batches(pictures, batch_size=batch_size, processes=processes, description=description))
-
-
-def _read_batches(
-    pictures: Pictures, *, batch_size: int, processes: Processes, description: str
-) -> Iterator[PictureBatch]:
+    """Read this process's share of a set batch by batch, ahead of the consumer, with a progress bar."""
     share = list(processes.share(len(pictures)))
     unit = "img" if pictures.frames is None else "clip"
-    with progress_bar(description, total=len(share), unit=unit) as bar:
+
+    def read() -> Iterator[PictureBatch]:
         for start in range(0, len(share), batch_size):
             index = share[start : start + batch_size]
             labels = None if pictures.labels is None else pictures.labels[torch.tensor(index)]
@@ -98,7 +93,11 @@ def _read_batches(
             if torch.cuda.is_initialized():  # a copy from pinned memory does not stop the device
                 items = items.pin_memory()
             yield PictureBatch(items, labels, torch.tensor(index))
-            bar.update(len(index))
+
+    with progress_bar(description, total=len(share), unit=unit) as bar:
+        for batch in ahead(read()):
+            yield batch
+            bar.update(len(batch.index))
 
 
 def extract(extractor: AnyExtractor, items: Tensor) -> Features:

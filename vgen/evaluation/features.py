@@ -72,7 +72,7 @@ class Extractor:
 
     def score_name(self, score: str) -> str:
         """Name of a score with this extractor: ``fd`` is ``fid`` for Inception and ``fd_<name>`` for any other."""
-        published = {"fd": "fid", "rfd": "rfid", "sfd": "sfid"}
+        published = {"fd": "fid", "rfd": "rfid", "sfd": "sfid", "rsfd": "rsfid"}
         return published.get(score, score) if self.is_inception else f"{score}_{self.name}"
 
     def extract(self, pictures: Tensor) -> Features:

@@ -14,7 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_tokenizer
 from vgen.data.source import DataSource
 from vgen.errors import UserError
+from vgen.evaluation.captions import read_captions
 from vgen.evaluation.clip_features import ClipExtractor
+from vgen.evaluation.clip_score import ClipScorer, load_clip
 from vgen.evaluation.collect import AnyExtractor, conventions
 from vgen.evaluation.extractors import clip_extractor, perceptual_network, picture_extractor, published
 from vgen.evaluation.features import Extractor
@@ -179,8 +181,20 @@ def make_job(config: DictConfig, settings: EvaluationSettings, out: Path) -> Sam
             reference = replace(reference, pictures=pictures)
             warnings = [*warnings, *(text.replace("samples were scored", "real pictures were used") for text in more)]
         picture = stem.with_name(f"{stem.name}_nearest.png")
-        return SamplesJob(samples, reference, settings, extractor, picture, warnings)
+        captions = _captions(config, settings, samples, device)
+        return SamplesJob(samples, reference, settings, extractor, picture, captions, warnings)
     return _reconstruction_job(config, settings, source, device, stem)
+
+
+def _captions(
+    config: DictConfig, settings: EvaluationSettings, samples: Pictures | Generation, device: torch.device
+) -> tuple[list[str], ClipScorer] | None:
+    if "clip_score" not in settings.metrics or config.captions is None or samples.frames is not None:
+        return None
+    assert settings.clip_model is not None
+    count = len(samples.labels) if isinstance(samples, Generation) else len(samples)
+    texts = read_captions(Path(str(config.captions)).expanduser(), count)
+    return texts, load_clip(Path(settings.clip_model).expanduser(), device=device)
 
 
 def _reconstruction_job(

@@ -50,7 +50,7 @@ class FolderPictures(EncodedPictures):
 
 
 class DatasetPictures(Pictures):
-    """The pictures of a data set, in its order and without augmentation."""
+    """The pictures or clips of a data set, in its order and without augmentation."""
 
     kind = "dataset"
 
@@ -58,6 +58,7 @@ class DatasetPictures(Pictures):
         self.name = name
         self.dataset = dataset.without_augmentation()
         self.labels = self.dataset.labels
+        self.frames = getattr(dataset, "num_frames", None)
         if len(self.dataset) == 0:
             raise UserError(f"{name} is empty")
 
@@ -66,7 +67,7 @@ class DatasetPictures(Pictures):
         return len(self.dataset)
 
     def read(self, index: Sequence[int]) -> Tensor:
-        """Pictures uint8 [B, 3, H, W] of the given indices.
+        """Pictures uint8 [B, 3, H, W], or clips [B, T, 3, H, W], of the given indices.
 
         Raises:
             UserError: naming a picture that cannot be read: a stand-in for it would be scored twice.
@@ -74,7 +75,8 @@ class DatasetPictures(Pictures):
         batch = self.dataset.__getitems__([(i, 0) for i in index])
         if batch.get("broken"):
             raise UserError(f"{self.name}: {batch['broken'][0]} cannot be read; replace or remove it")
-        return to_uint8(batch["pixels"])
+        items = to_uint8(batch["pixels"])
+        return items if self.frames is None else items.transpose(1, 2)
 
     def fingerprint(self) -> str:
         """Hash of the data set's pictures (of their files, for sets on disk) and of their crop."""

@@ -23,6 +23,10 @@ from vgen.tokenizers.base import Tokenizer
 ITEMS_SHOWN = 16
 
 
+def _kind(frames: int | None) -> str:
+    return "pictures" if frames is None else f"clips of {frames} frames"
+
+
 @dataclass
 class ReconstructionJob:
     """Reconstructions against their originals.
@@ -64,6 +68,11 @@ class ReconstructionJob:
                 raise UserError(
                     f"the tokenizer was made for {side}x{side} pictures but {self.originals.name} has "
                     f"{width}x{height}; set the image size of the data group"
+                )
+            if self.made.num_frames != self.originals.frames:
+                raise UserError(
+                    f"the tokenizer was made for {_kind(self.made.num_frames)} but {self.originals.name} holds "
+                    f"{_kind(self.originals.frames)}"
                 )
         else:
             self._check_pairs(self.made)
@@ -146,9 +155,12 @@ class ReconstructionJob:
         )
         for batch in batches:
             if isinstance(self.made, Tokenizer):
+                clips = self.made.num_frames is not None
                 with torch.inference_mode():
-                    ids = self.made.encode(from_uint8(batch.pictures.to(self.device)))
+                    pixels = from_uint8(batch.pictures.to(self.device))
+                    ids = self.made.encode(pixels.transpose(1, 2) if clips else pixels)
                     made = to_uint8(self.made.decode(ids)).cpu()
+                made = made.transpose(1, 2) if clips else made
                 codes += torch.bincount(ids.flatten().cpu(), minlength=len(codes))
             else:
                 made = self.made.read(batch.index.tolist())

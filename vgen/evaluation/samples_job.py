@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vgen.errors import UserError
+from vgen.evaluation.captions import mean_clip_score
 from vgen.evaluation.classifier import LabelledPictures, classifier_accuracy
+from vgen.evaluation.clip_score import ClipScorer
 from vgen.evaluation.collect import AnyExtractor, Collected, Wanted, collect, read_batches
 from vgen.evaluation.feature_scores import FeatureScores
 from vgen.evaluation.features import Extractor
@@ -30,6 +32,7 @@ class SamplesJob:
         settings: metrics and conventions.
         extractor: feature extractor, if a metric needs one.
         picture: where to write the nearest-neighbour picture.
+        captions: of the samples, and the network that compares them, if CLIP score is asked for.
         skipped: metrics that do not apply, with the reason; filled when the job is made.
         warnings: remarks for the report.
     """
@@ -39,6 +42,7 @@ class SamplesJob:
     settings: EvaluationSettings
     extractor: AnyExtractor | None
     picture: Path
+    captions: tuple[list[str], ClipScorer] | None = None
     warnings: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(init=False)
 
@@ -77,6 +81,8 @@ class SamplesJob:
             and self.extractor.is_inception
         ):
             reasons["accuracy"] = "the classes of the Inception network are not those of the data"
+        if "clip_score" in self.settings.metrics and self.captions is None:
+            reasons.setdefault("clip_score", "needs captions=<file with one caption per sample>")
         for metric in ("accuracy", "classifier"):
             if metric in self.settings.metrics and self.samples.labels is None:
                 reasons[metric] = "the samples carry no labels"
@@ -150,6 +156,10 @@ class SamplesJob:
                 warnings=self.warnings,
             )
         values: dict[str, float] = {}
+        if "clip_score" in self.active and self.captions is not None:
+            values["clip_score"] = mean_clip_score(
+                pictures, *self.captions, batch_size=self.settings.batch_size, processes=processes
+            )
         saved: dict[str, str] = {}
         splits = None
         if wanted.pictures:
@@ -252,5 +262,6 @@ class SamplesJob:
             },
             "source": pictures.kind,
             "sampling": self.samples.describe(pictures) if isinstance(self.samples, Generation) else pictures.origin,
+            "clip_model": None if self.captions is None else self.captions[1].describe(),
             "pictures_saved": saved,
         }

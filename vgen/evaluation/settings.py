@@ -13,7 +13,7 @@ from vgen.evaluation.video_files import ClipChoice
 
 FEATURE_METRICS = ("fd", "fid", "sfid", "isc", "kid", "prc", "prdc", "accuracy")
 CLIP_METRICS = ("fvd", "kvd")
-SAMPLE_METRICS = (*FEATURE_METRICS, *CLIP_METRICS, "classifier", "nearest")
+SAMPLE_METRICS = (*FEATURE_METRICS, *CLIP_METRICS, "clip_score", "classifier", "nearest")
 RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "codebook", "fd", "fid", "sfid", "fvd")
 ALL_METRICS = tuple(dict.fromkeys(SAMPLE_METRICS + RECONSTRUCTION_METRICS))
 DISTANCES = ("fd", "fid", "sfid", "fvd")
@@ -48,6 +48,7 @@ class EvaluationSettings:
         prc_half: compute the ADM suite's distances in float16, as its published figures were.
         prdc_neighborhood: k of density and coverage.
         ssim: convention of the structural similarity.
+        clip_model: folder with a local copy of a CLIP repository of the hub, for ``clip_score``.
         fvd_variant: whose Frechet video distance.
         clips: which frames of video files make a clip; None where no video files are read.
         shift: pixels by which augmentation moves training pictures: the classifier learns moved pictures too, and the
@@ -74,6 +75,7 @@ class EvaluationSettings:
     prc_half: bool
     prdc_neighborhood: int
     ssim: str
+    clip_model: str | None
     fvd_variant: str
     clips: ClipChoice | None
     shift: int
@@ -97,6 +99,10 @@ class EvaluationSettings:
             if getattr(self, key) not in names:
                 raise UserError(f"evaluation.{key}={getattr(self, key)} is unknown; choose one of {', '.join(names)}")
         fvd_variant(self.fvd_variant)
+        if "clip_score" in self.metrics and self.clip_model is None:
+            raise UserError(
+                "metric clip_score needs evaluation.clip_model=<folder with a copy of openai/clip-vit-base-patch32>"
+            )
         needing = [m for m in ("fd", "accuracy") if m in self.metrics]
         if self.features is None and needing:
             raise UserError(

@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from vgen.data.video_reader import BrokenVideoError, probe, read_frames
+from vgen.data.video_transforms import ClipTransform
 from vgen.errors import UserError
 from vgen.evaluation.pictures import Pictures, labels_of_folders, read_bytes
-from vgen.evaluation.video_reader import count_frames, read_frames
+from vgen.pixels import to_uint8
 from vgen.random import keyed_uniform
 from vgen.runtime import track
 
@@ -39,7 +40,7 @@ class ClipChoice:
             last frame.
         size: side in pixels clips are brought to; null = as stored.
         resize: ``crop`` brings the short side to ``size`` and cuts out the centre, ``stretch`` ignores the aspect
-            ratio; both bilinear with antialiasing, rounded to 8 bits.
+            ratio; both bilinear with antialiasing (LARP's numbers), rounded to 8 bits.
     """
 
     frames: int
@@ -99,7 +100,7 @@ class VideoClips(Pictures):
         self._clips: list[tuple[Path, int, int]] = []  # file, first frame, frames of the file
         kept: list[Path] = []
         for number, file in enumerate(track(files, "counting frames", total=len(files), unit="video")):
-            length = count_frames(file)
+            length = _length(file)
             if length < choice.span and choice.short != "repeat":
                 if choice.short == "error":
                     raise UserError(
@@ -136,7 +137,7 @@ class VideoClips(Pictures):
         for i in index:
             file, start, length = self._clips[i]
             places = [min(start + k * self.choice.stride, length - 1) for k in range(self.choice.frames)]
-            clip = _brought_to(read_frames(file, places), self.choice)
+            clip = _read(file, places, self.choice)
             if clips and clip.shape != clips[0].shape:
                 raise UserError(
                     f"{file} is {clip.shape[3]}x{clip.shape[2]} but others are "
@@ -152,16 +153,20 @@ class VideoClips(Pictures):
         return hashlib.sha256(f"{self.choice} {facts}".encode()).hexdigest()
 
 
-def _brought_to(clip: Tensor, choice: ClipChoice) -> Tensor:
-    """Resize frames uint8 [T, 3, H, W] by the rule of a choice."""
-    size = choice.size
-    height, width = clip.shape[2:]
-    if size is None or (height, width) == (size, size):
-        return clip
-    target = (size, size)
-    if choice.resize == "crop":
-        scale = size / min(height, width)
-        target = (max(size, round(height * scale)), max(size, round(width * scale)))
-    out = F.interpolate(clip.float(), target, mode="bilinear", antialias=True).round().clamp(0, 255).to(torch.uint8)
-    top, left = (target[0] - size) // 2, (target[1] - size) // 2
-    return out[:, :, top : top + size, left : left + size]
+def _read(file: Path, places: list[int], choice: ClipChoice) -> Tensor:
+    """Frames uint8 [T, 3, H, W] of a file, brought to the size of a choice."""
+    try:
+        frames = read_frames(file, places, str(file))
+    except BrokenVideoError as error:
+        raise UserError(f"{error}: replace or remove the file") from error
+    if choice.size is None:
+        return frames.permute(0, 3, 1, 2)
+    fit = ClipTransform(image_size=choice.size, crop="center" if choice.resize == "crop" else "none", flip=False)
+    return to_uint8(fit(frames) * 2 - 1).transpose(0, 1)
+
+
+def _length(file: Path) -> int:
+    try:
+        return probe(file, str(file)).frames
+    except BrokenVideoError as error:
+        raise UserError(f"{error}: replace or remove the file") from error
