@@ -11,7 +11,7 @@ from vgen.evaluation.protocol import Protocol
 from vgen.evaluation.resize import RESIZE_MODES
 from vgen.evaluation.video_files import ClipChoice
 
-FEATURE_METRICS = ("fd", "fid", "sfid", "isc", "kid", "prc", "prdc", "accuracy")
+FEATURE_METRICS = ("fd", "fid", "sfid", "isc", "kid", "mind", "prc", "prdc", "accuracy")
 CLIP_METRICS = ("fvd", "kvd")
 SAMPLE_METRICS = (*FEATURE_METRICS, *CLIP_METRICS, "clip_score", "classifier", "nearest")
 RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "codebook", "fd", "fid", "sfid", "fvd")
