@@ -23,8 +23,8 @@ from vgen.evaluation.collect import Wanted, collect, read_batches
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import frechet_distance
 from vgen.evaluation.inception import CLASSES, POOL_DIM, SPATIAL_DIM, Inception
-from vgen.evaluation.prefetch import ahead
-from vgen.evaluation.readers import Subset, open_pictures
+from vgen.evaluation.pictures import Subset
+from vgen.evaluation.readers import open_pictures
 from vgen.processes import Processes
 from vgen.runtime import pick_device
 
@@ -89,7 +89,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
     parser.add_argument("--stored", type=int, default=2000, help="distinct pictures on the disk")
     parser.add_argument("--features", action="store_true", help="keep all features, as KID and precision/recall need")
-    parser.add_argument("--no-read-ahead", action="store_true", help="read and score in turns")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
     extractor, network = random_extractor(device)
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         start = time.perf_counter()
         batches = read_batches(pictures, batch_size=options.batch, processes=Processes(), description="features")
         found = collect(
-            batches if options.no_read_ahead else ahead(batches),
+            batches,
             total=options.images,
             wanted=Wanted(gaussian=True, features=options.features),
             extractor=extractor,

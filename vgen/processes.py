@@ -71,7 +71,8 @@ class Processes:
             All rows sorted by index on process 0, an empty tensor elsewhere.
         """
         if self.world_size == 1:
-            return rows[index.argsort()]
+            in_order = bool((index[1:] > index[:-1]).all())
+            return rows if in_order else rows[index.argsort()]  # the copy of 50,000 features would be 0.4 GB
         count = torch.tensor([len(rows)])
         counts = [torch.zeros_like(count) for _ in range(self.world_size)]
         dist.all_gather(counts, count, group=self.group)

@@ -18,7 +18,7 @@ from vgen.evaluation.fvd import FVD_VARIANTS, prepare_clips
 from vgen.evaluation.i3d import I3D, load_i3d
 from vgen.evaluation.inception import Inception
 from vgen.evaluation.metrics import f_score, inception_score, kernel_distance, precision_recall, sliced_distance
-from vgen.evaluation.readers import FolderPictures
+from vgen.evaluation.readers import open_pictures
 from vgen.losses.perceptual import LPIPS
 from vgen.pixels import from_uint8
 
@@ -135,7 +135,7 @@ def run_end_to_end(case: Case) -> list[Check]:
             folder.mkdir()
             for name, array in zip(arrays[f"names_{part}"], arrays[part], strict=True):
                 Image.fromarray(array).save(folder / str(name))
-            reader = FolderPictures(folder)
+            reader = open_pictures(folder, key="samples")
             batches = torch.arange(len(reader)).split(args["batch_size"])
             outputs = [extractor.extract(reader.read(batch.tolist())) for batch in batches]
             sets[part] = torch.cat([o.pool for o in outputs]), torch.cat([o.logits for o in outputs])

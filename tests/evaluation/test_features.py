@@ -1,14 +1,15 @@
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.evaluation.helpers import FeaturesOnly, TinyExtractor, save_script
+from vgen.checkpoints.release import file_sha256
 from vgen.errors import UserError
 from vgen.evaluation import features
 from vgen.evaluation.features import (
-    INCEPTION_FILE,
     inception_extractor,
     load_extractor,
     network_extractor,
@@ -16,8 +17,10 @@ from vgen.evaluation.features import (
     vgg16_extractor,
 )
 from vgen.evaluation.inception import Inception
+from vgen.evaluation.weights import INCEPTION, VGG16
 
 CPU = torch.device("cpu")
+INCEPTION_FILE = INCEPTION.names[0]
 
 
 def load(path, name=None, weights=None):
@@ -86,7 +89,7 @@ def test_missing_inception_weights_name_every_place(tmp_path, monkeypatch):
 def test_other_inception_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("VGEN_WEIGHTS", str(tmp_path))
     torch.save({}, tmp_path / INCEPTION_FILE)
-    with pytest.raises(UserError, match="is not the Inception network"):
+    with pytest.raises(UserError, match=r"is not Inception of 2015-12-05.*expected"):
         load("inception")
     with pytest.raises(UserError, match="leave it out"):
         load("inception", name="mine")
@@ -94,7 +97,7 @@ def test_other_inception_weights_are_refused(tmp_path, monkeypatch):
 
 def test_inception_from_a_checked_file(tmp_path, monkeypatch):
     torch.save(Inception(None).state_dict(), tmp_path / INCEPTION_FILE)
-    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", features.file_sha256(tmp_path / INCEPTION_FILE)[:8])
+    monkeypatch.setattr(features, "INCEPTION", replace(INCEPTION, sha256=file_sha256(tmp_path / INCEPTION_FILE)[:8]))
     extractor = load("inception", weights=str(tmp_path))
     pictures = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
     out = extractor.extract(pictures)
@@ -175,9 +178,9 @@ class SmallVGG(nn.Module):
 
 def test_vgg16_from_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.models.vgg16", SmallVGG)
-    path = tmp_path / features.VGG16_FILE
+    path = tmp_path / VGG16.names[0]
     torch.save({}, path)
-    with pytest.raises(UserError, match="expected 397923af"):
+    with pytest.raises(UserError, match="expected SHA-256 starts with 397923af"):
         load("vgg16", weights=str(tmp_path))
     with pytest.raises(UserError, match="does not fit VGG16"):
         vgg16_extractor(path, device=CPU, allow_unverified=True)

@@ -1,3 +1,6 @@
+import hashlib
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,7 @@ from vgen.evaluation.clip_features import clip_extractor, load_clip_script, load
 from vgen.evaluation.frechet import FeatureStatistics
 from vgen.evaluation.fvd import FVD_VARIANTS, fvd_variant, prepare_clips
 from vgen.evaluation.i3d import I3D, load_i3d
+from vgen.evaluation.weights import I3D_KINETICS
 from vgen.pixels import to_uint8
 
 CPU = torch.device("cpu")
@@ -114,13 +118,15 @@ def test_kinetics_weights_are_checked_and_loaded_strictly(tmp_path, monkeypatch)
     state = I3D().state_dict()
     torch.save(state, path)
     variant = fvd_variant("tats")
-    with pytest.raises(UserError, match="git blob"):
+    with pytest.raises(UserError, match="git blob a867b87a"):
         load_fvd_extractor(variant, path, device=CPU)
     stand_in = load_fvd_extractor(variant, path, device=CPU, allow_unverified=True)
     assert stand_in.score_name("fvd").startswith("video_fd_i3d-unverified-")
-    monkeypatch.setattr(clip_features, "KINETICS_GIT_BLOB", clip_features._git_blob(path))
+    data = path.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+    monkeypatch.setitem(clip_features.DETECTORS, "kinetics400", replace(I3D_KINETICS, git_blob=blob))
     assert load_fvd_extractor(variant, path, device=CPU).score_name("rfvd") == "rfvd_tats"
-    with pytest.raises(UserError, match="needs i3d_pretrained_400"):
+    with pytest.raises(UserError, match=r"Kinetics-400 .* not found"):
         load_fvd_extractor(variant, tmp_path / "none.pt", device=CPU)
     kept = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     assert torch.equal(load_i3d(kept).logits.conv3d.bias, state["logits.conv3d.bias"])
@@ -128,11 +134,6 @@ def test_kinetics_weights_are_checked_and_loaded_strictly(tmp_path, monkeypatch)
         load_i3d({key: value for key, value in kept.items() if "Mixed_4e" not in key})
     with pytest.raises(UserError, match="not those of I3D"):
         load_i3d({**kept, "extra.weight": torch.zeros(1)})
-
-
-def test_the_git_blob_id_is_gits(tmp_path):
-    (tmp_path / "file").write_bytes(b"hello\n")
-    assert clip_features._git_blob(tmp_path / "file") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
 def test_i3d_refuses_sizes_that_give_maps():

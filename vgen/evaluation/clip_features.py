@@ -1,6 +1,5 @@
 """Feature extractors of clips: the I3D files of the FVD literature, or any network under its own name."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,14 +9,12 @@ from torch import Tensor, nn
 
 from vgen.checkpoints.release import file_sha256
 from vgen.errors import UserError
-from vgen.evaluation.features import check_name, full_float32, load_script, read_state
+from vgen.evaluation.features import check_name, full_float32, load_script, published_name, read_state
 from vgen.evaluation.fvd import FVDVariant, prepare_clips
 from vgen.evaluation.i3d import CLASSES, MIN_FRAMES, SIDE, load_i3d
+from vgen.evaluation.weights import I3D_KINETICS, I3D_TORCHSCRIPT, find
 
-KINETICS_FILE = "i3d_pretrained_400.pt"
-KINETICS_GIT_BLOB = "a867b87ac3a9097d200598b1d48a1b890d8ec744"
-TORCHSCRIPT_FILE = "i3d_torchscript.pt"
-DETECTORS = {"kinetics400": KINETICS_FILE, "torchscript": TORCHSCRIPT_FILE}
+DETECTORS = {"kinetics400": I3D_KINETICS, "torchscript": I3D_TORCHSCRIPT}
 
 
 @dataclass(frozen=True)
@@ -93,15 +90,6 @@ class ClipExtractor:
         }
 
 
-def _git_blob(path: Path) -> str:
-    """The id git gives a file, the only hash published for the Kinetics weights."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 class _Script(nn.Module):
     """The TorchScript detector of StyleGAN-V with the arguments of a variant."""
 
@@ -128,23 +116,16 @@ def load_fvd_extractor(
     Raises:
         UserError: if the file is damaged, not the expected one, or does not do what a detector must do.
     """
-    if not path.is_file():
-        raise UserError(f"fvd={variant.name} needs {DETECTORS[variant.detector]}; {path} is no file")
-    digest = file_sha256(path)
+    found = find(DETECTORS[variant.detector], str(path), allow_unverified=allow_unverified)
     if variant.detector == "torchscript":
-        script = load_script(path, device)
-        network = _Script(script, rescale=variant.rescale, resize=variant.fit == "detector")
-        dim = _probe(network, str(path), variant, device)
-        return ClipExtractor(network, variant, "i3d", path, digest, False, device, dim)
-    verified = _git_blob(path) == KINETICS_GIT_BLOB
-    if not verified and not allow_unverified:
-        raise UserError(
-            f"{path} is not the published {KINETICS_FILE} (its git blob id is not {KINETICS_GIT_BLOB[:12]}...); get "
-            f"the file again, or allow unverified weights, whose scores carry another name"
+        network: nn.Module = _Script(
+            load_script(path, device), rescale=variant.rescale, resize=variant.fit == "detector"
         )
-    name = "i3d" if verified else f"i3d-unverified-{digest[:8]}"
-    i3d = load_i3d(read_state(path)).to(device)
-    return ClipExtractor(i3d, variant, name, path, digest, verified, device, CLASSES)
+        name, dim = "i3d", _probe(network, str(path), variant, device)
+    else:
+        network = load_i3d(read_state(path)).to(device)
+        name, dim = published_name("i3d", found), CLASSES
+    return ClipExtractor(network, variant, name, path, found.sha256, found.verified, device, dim)
 
 
 def clip_extractor(

@@ -12,6 +12,7 @@ from vgen.evaluation.features import Extractor, Features
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian
 from vgen.evaluation.pictures import Pictures, RangeGuard
 from vgen.evaluation.prefetch import ahead
+from vgen.evaluation.rows import Rows
 from vgen.evaluation.statistics import SetStatistics
 from vgen.processes import Processes
 from vgen.runtime import progress_bar
@@ -88,7 +89,10 @@ def read_batches(
         for start in range(0, len(share), batch_size):
             index = share[start : start + batch_size]
             labels = None if pictures.labels is None else pictures.labels[torch.tensor(index)]
-            yield PictureBatch(pictures.read(index), labels, torch.tensor(index))
+            items = pictures.read(index)
+            if torch.cuda.is_initialized():  # a copy from pinned memory does not stop the device
+                items = items.pin_memory()
+            yield PictureBatch(items, labels, torch.tensor(index))
 
     with progress_bar(description, total=len(share), unit=unit) as bar:
         for batch in ahead(read()):
@@ -192,7 +196,8 @@ def collect(
         assert extractor is not None
     run = extractor if wanted.extractor else None
     fits = Fits(run, total, spatial=wanted.spatial) if run and (wanted.gaussian or wanted.spatial) else None
-    kept: dict[str, list[Tensor]] = {"index": [], "labels": [], "features": [], "logits": [], "pictures": []}
+    share = len(processes.share(total))
+    kept = {key: Rows(share) for key in ("index", "labels", "features", "logits", "pictures")}
     size = (0, 0)
     guard = RangeGuard()
     failure: Exception | None = None
@@ -200,28 +205,32 @@ def collect(
         for batch in batches:
             size = (batch.pictures.shape[-2], batch.pictures.shape[-1])
             guard.update(batch.pictures)
-            kept["index"].append(batch.index.cpu())
+            kept["index"].add(batch.index.cpu())
             if batch.labels is not None:
-                kept["labels"].append(batch.labels.cpu())
+                kept["labels"].add(batch.labels.cpu())
             if wanted.pictures:
-                kept["pictures"].append(batch.pictures.cpu())
+                kept["pictures"].add(batch.pictures.cpu())
             if run is not None:
                 features = extract(run, batch.pictures)
                 if fits is not None:
                     fits.update(features)
                 if wanted.features:
-                    kept["features"].append(features.pool.cpu())
+                    kept["features"].add(features.pool.cpu())
                 if wanted.logits and features.logits is not None:
-                    kept["logits"].append(features.logits.cpu())
+                    kept["logits"].add(features.logits.cpu())
     except Exception as error:  # told to the other processes before it goes on, or they would wait for ever
         failure = error
     processes.agree(failure)
-    index = torch.cat(kept.pop("index"))
+    index = kept.pop("index").tensor()
+    assert index is not None
     count, binary = processes.sum(torch.tensor([len(index), guard.binary])).tolist()
     if count != total:
         raise UserError(f"{count} pictures were scored but {total} were asked for; the set changed while it was read")
     remark = RangeGuard.check(count, binary, name)
-    gathered = {key: processes.gather(index, torch.cat(parts)) if parts else None for key, parts in kept.items()}
+    gathered: dict[str, Tensor | None] = {}
+    for key, rows in kept.items():
+        values = rows.tensor()
+        gathered[key] = None if values is None else processes.gather(index, values)
     return Collected(
         count=count,
         size=size,

@@ -47,7 +47,7 @@ class FeatureScores:
             assert made.spatial is not None
             if real.spatial is None:
                 raise UserError("metric sfid needs mu_s and sigma_s in the reference file; it has mu and sigma only")
-            self._distance(f"{prefix}{self.name('sfd')}", made.spatial, real.spatial)
+            self._distance(self.name(f"{prefix}sfd"), made.spatial, real.spatial)
 
     def _distance(self, name: str, made: Gaussian, real: Gaussian) -> None:
         self.values[name] = frechet_distance(made, real)

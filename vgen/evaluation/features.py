@@ -1,7 +1,6 @@
 """Feature extractors: the networks of the literature, or any TorchScript file under its own name."""
 
 import io
-import os
 import pickle
 import re
 import warnings
@@ -17,12 +16,8 @@ from torch import Tensor, nn
 from vgen.checkpoints.release import file_sha256
 from vgen.errors import UserError
 from vgen.evaluation.statistics import content_hash
+from vgen.evaluation.weights import INCEPTION, VGG16, Found, find
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256_PREFIX = "6726825d"
-VGG16_FILE = "vgg16-397923af.pth"
-VGG16_SHA256_PREFIX = "397923af"
-WEIGHTS_VARIABLE = "VGEN_WEIGHTS"
 BUILT_IN = ("inception", "vgg16")
 _registered: dict[str, Callable[[], nn.Module]] = {}
 
@@ -77,7 +72,7 @@ class Extractor:
 
     def score_name(self, score: str) -> str:
         """Name of a score with this extractor: ``fd`` is ``fid`` for Inception and ``fd_<name>`` for any other."""
-        published = {"fd": "fid", "rfd": "rfid", "sfd": "sfid"}
+        published = {"fd": "fid", "rfd": "rfid", "sfd": "sfid", "rsfd": "rsfid"}
         return published.get(score, score) if self.is_inception else f"{score}_{self.name}"
 
     def extract(self, pictures: Tensor) -> Features:
@@ -150,31 +145,11 @@ def load_extractor(features: str, *, name: str | None, weights: str | None, devi
         if name not in (None, features):
             raise UserError(f"evaluation.features_name names a TorchScript file; with features={features} leave it out")
         if features == "inception":
-            return inception_extractor(_published(weights, INCEPTION_FILE, INCEPTION_SHA256_PREFIX), device=device)
+            return inception_extractor(find(INCEPTION, weights).path, device=device)
         if features == "vgg16":
-            return vgg16_extractor(_published(weights, VGG16_FILE, VGG16_SHA256_PREFIX), device=device)
+            return vgg16_extractor(find(VGG16, weights).path, device=device)
         return network_extractor(_registered[features](), name=features, device=device)
     return _load_torchscript(Path(features).expanduser(), name, device)
-
-
-def _published(weights: str | None, name: str, prefix: str) -> Path:
-    """Where a published weight file is."""
-    if weights is not None:
-        places = [Path(weights).expanduser()]
-    else:
-        places = [Path(os.environ[WEIGHTS_VARIABLE]).expanduser()] if os.environ.get(WEIGHTS_VARIABLE) else []
-        places.append(Path(torch.hub.get_dir()) / "checkpoints")
-    tried = [place / name if place.is_dir() or place.suffix != ".pth" else place for place in places]
-    for path in tried:
-        if path.is_file():
-            return path
-    network = {INCEPTION_FILE: "Inception", VGG16_FILE: "VGG16"}[name]
-    source = {INCEPTION_FILE: "the release v0.2.0 of torch-fidelity", VGG16_FILE: "torchvision"}[name]
-    raise UserError(
-        f"{network} weights not found (tried: {', '.join(map(str, tried))}); nothing is downloaded. Either put "
-        f"{name} (SHA-256 starts with {prefix}; from {source}) at one of these places or give "
-        f"evaluation.weights=<file>, or choose another extractor with evaluation.features=<TorchScript file>"
-    )
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -192,16 +167,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _checked_name(name: str, path: Path, digest: str, prefix: str, *, allow_unverified: bool) -> str:
-    """Name of an extractor whose weights were checked; other weights only under a name that says so."""
-    if digest.startswith(prefix):
-        return name
-    if allow_unverified:
-        return f"{name}-unverified-{digest[:8]}"
-    raise UserError(
-        f"{path} is not the {name.capitalize()} network of the literature: its SHA-256 starts with {digest[:8]}, "
-        f"expected {prefix}"
-    )
+def published_name(name: str, found: Found) -> str:
+    """Name of the scores of a published network; other weights than the published ones get a name that says so."""
+    return name if found.verified else f"{name}-unverified-{found.sha256[:8]}"
 
 
 def inception_extractor(
@@ -223,15 +191,15 @@ def inception_extractor(
     """
     from vgen.evaluation.inception import CLASSES, POOL_DIM, SPATIAL_DIM, Inception
 
-    digest = file_sha256(path)
-    name = _checked_name("inception", path, digest, INCEPTION_SHA256_PREFIX, allow_unverified=allow_unverified)
+    found = find(INCEPTION, str(path), allow_unverified=allow_unverified)
+    name = published_name("inception", found)
     network = Inception(read_state(path), resize_mode=resize_mode)
     return Extractor(
         network=network.to(device),
         name=name if resize_mode == "tf1_bilinear" else f"{name}-{resize_mode}",
         layer="2048",
         file=path,
-        sha256=digest,
+        sha256=found.sha256,
         resize_mode=resize_mode,
         device=device,
         dim=POOL_DIM,
@@ -253,8 +221,7 @@ def vgg16_extractor(path: Path, *, device: torch.device, allow_unverified: bool 
     """
     from torch_fidelity.feature_extractor_vgg16 import FeatureExtractorVGG16
 
-    digest = file_sha256(path)
-    name = _checked_name("vgg16", path, digest, VGG16_SHA256_PREFIX, allow_unverified=allow_unverified)
+    found = find(VGG16, str(path), allow_unverified=allow_unverified)
     buffer = io.BytesIO()  # read by us first: torch-fidelity would unpickle whatever the file holds
     torch.save(read_state(path), buffer)
     buffer.seek(0)
@@ -264,10 +231,10 @@ def vgg16_extractor(path: Path, *, device: torch.device, allow_unverified: bool 
         raise UserError(f"{path} does not fit VGG16 ({' '.join(str(error).split())[:200]})") from error
     return Extractor(
         network=network.to(device),
-        name=name,
+        name=published_name("vgg16", found),
         layer="fc2_relu",
         file=path,
-        sha256=digest,
+        sha256=found.sha256,
         resize_mode="tf1_bilinear",
         device=device,
         dim=4096,

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-BLOCK = 4096
+BLOCK = 2048
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 

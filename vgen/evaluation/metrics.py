@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vgen.processes import Processes
 
-PRC_ROWS = 1000  # distances of so many rows to all others are held at a time: 200 MB for 50,000
+PRC_ROWS = 500  # distances of so many rows to all others are held at a time: 100 MB for 50,000
 
 
 def inception_score(logits: Tensor, *, splits: int, seed: int, shuffle: bool = True) -> tuple[float, float]:
