@@ -16,34 +16,59 @@ from vgen.losses.perceptual import LPIPS, load_lpips
 from vgen.runtime import rank
 
 
-def _announced(file: WeightFile, settings: EvaluationSettings) -> Found:
+def _announced(file: WeightFile, weights: str | None, *, allow_unverified: bool) -> Found:
     """Find a weight file and say which one is used."""
-    found = find(file, settings.weights, allow_unverified=settings.allow_unverified)
+    found = find(file, weights, allow_unverified=allow_unverified)
     if rank() == 0:
         state = "checked" if found.verified else "NOT the published file" if file.hashed else "no hash known"
         print(f"{file.what}: {found.path} (SHA-256 {found.sha256[:8]}, {state})", file=sys.stderr, flush=True)
     return found
 
 
-def picture_extractor(settings: EvaluationSettings, device: torch.device) -> Extractor | None:
-    """The extractor of the picture metrics, None if none of them is asked for.
+def load_for_pictures(
+    features: str,
+    *,
+    name: str | None,
+    weights: str | None,
+    device: torch.device,
+    resize_mode: str = "tf1_bilinear",
+    allow_unverified: bool = False,
+) -> Extractor:
+    """An extractor of pictures, with published weights looked for in the usual places.
+
+    Args:
+        features: ``inception``, ``vgg16``, a registered name or the path of a TorchScript file.
+        name: name of a TorchScript file's scores; its file stem when None.
+        weights: file or folder of published weights; None for the usual places.
+        device: where to run it.
+        resize_mode: of Inception.
+        allow_unverified: accept weights of another hash under another name.
 
     Raises:
-        UserError: if weights are missing or another file than the published one.
+        UserError: if weights are missing or another file than the published one, or the extractor cannot be used.
     """
-    features = settings.picture_features
-    if features is None:
-        return None
     if features not in ("inception", "vgg16"):
-        return load_extractor(features, name=settings.features_name, weights=None, device=device)
-    if settings.features_name not in (None, features):
+        return load_extractor(features, name=name, weights=None, device=device)
+    if name not in (None, features):
         raise UserError(f"evaluation.features_name names a TorchScript file; with features={features} leave it out")
     file = INCEPTION if features == "inception" else VGG16
-    path = _announced(file, settings).path
+    path = _announced(file, weights, allow_unverified=allow_unverified).path
     if features == "vgg16":
-        return vgg16_extractor(path, device=device, allow_unverified=settings.allow_unverified)
-    return inception_extractor(
-        path, device=device, resize_mode=settings.resize_mode, allow_unverified=settings.allow_unverified
+        return vgg16_extractor(path, device=device, allow_unverified=allow_unverified)
+    return inception_extractor(path, device=device, resize_mode=resize_mode, allow_unverified=allow_unverified)
+
+
+def picture_extractor(settings: EvaluationSettings, device: torch.device) -> Extractor | None:
+    """The extractor of the picture metrics, None if none of them is asked for; see :func:`load_for_pictures`."""
+    if settings.picture_features is None:
+        return None
+    return load_for_pictures(
+        settings.picture_features,
+        name=settings.features_name,
+        weights=settings.weights,
+        device=device,
+        resize_mode=settings.resize_mode,
+        allow_unverified=settings.allow_unverified,
     )
 
 
@@ -64,7 +89,7 @@ def clip_extractor(settings: EvaluationSettings, device: torch.device) -> ClipEx
             )
         return load_clip_script(path, variant, name=settings.features_name, device=device)
     file = I3D_TORCHSCRIPT if variant.detector == "torchscript" else I3D_KINETICS
-    path = _announced(file, settings).path
+    path = _announced(file, settings.weights, allow_unverified=settings.allow_unverified).path
     return load_fvd_extractor(variant, path, device=device, allow_unverified=settings.allow_unverified)
 
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from vgen.data.source import DataSource
 from vgen.errors import UserError
 from vgen.evaluation.collect import Collected, PictureBatch, Wanted, collect, conventions, read_batches
-from vgen.evaluation.features import Extractor, load_extractor
+from vgen.evaluation.extractors import load_for_pictures
+from vgen.evaluation.features import Extractor
 from vgen.evaluation.frechet import frechet_distance
 from vgen.evaluation.metrics import kernel_distance
 from vgen.evaluation.real_side import RealSide, measure_reference
@@ -137,7 +138,7 @@ class Score(StepCallback):
         self.metrics = metrics
         self.every = settings.every_steps
         self.best: float | None = None
-        self.extractor: Extractor = load_extractor(
+        self.extractor: Extractor = load_for_pictures(
             settings.features, name=settings.features_name, weights=settings.weights, device=device
         )
         reference = open_reference(
