@@ -28,13 +28,14 @@ PARAMETERS = {
     "randar_l": 342_912_000,
     "randar_xl": 774_700_800,
     "randar_xxl": 1_410_974_208,
+    "ucf101_larp": 193_880_224,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
 
 
 def settings_of(recipe: str) -> dict:
-    needed = [] if recipe.startswith("digits") else ["data.path=/somewhere"]
+    needed = [] if "digits" in recipe else ["data.path=/somewhere"]
     return resolve(composed(f"experiment={recipe}", *needed))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vgen.errors import UserError
 from vgen.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight, frozen
 from vgen.losses.perceptual import LPIPS, load_lpips
+from vgen.pixels import frames_of
 
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 PERCEPTUAL_LOSSES = ("lpips", "none")
@@ -88,6 +89,10 @@ class VQLoss:
         """Whether the adversarial terms count at global step `step` (from 1); before, the discriminator may rest."""
         return self.needs_discriminator and step >= self.adversarial_start
 
+    def judges(self, step: int) -> bool:
+        """Whether the discriminator learns at global step `step` (from 1)."""
+        return self.active(step)
+
     def generator_loss(
         self,
         pixels: Tensor,
@@ -101,7 +106,7 @@ class VQLoss:
         """Objective of the tokenizer.
 
         Args:
-            pixels: originals in [-1, 1], [B, 3, H, W].
+            pixels: originals in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W].
             reconstruction: the same shape, with gradient.
             quantizer_losses: weighted scalars to add, as in `TokenizerOutput.losses`.
             step: global step, counted from 1.
@@ -140,7 +145,7 @@ class VQLoss:
         """Objective of the discriminator, zero (with zero gradients) before `adversarial_start`.
 
         Args:
-            pixels: originals in [-1, 1], [B, 3, H, W].
+            pixels: originals in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W].
             reconstruction: the same shape; gradients stop here.
             step: global step, counted from 1.
             discriminator: called once on real and once on reconstructed images.
@@ -158,4 +163,4 @@ class VQLoss:
     def _perceptual(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
         assert self.perceptual is not None
         self.perceptual.to(pixels.device)
-        return self.perceptual(pixels, reconstruction).mean()
+        return self.perceptual(frames_of(pixels), frames_of(reconstruction)).mean()

@@ -207,6 +207,12 @@ def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
             f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; "
             "make them equal"
         )
+    if source.num_frames != tokenizer.num_frames:
+        what = "pictures" if source.num_frames is None else f"clips of {source.num_frames} frames"
+        raise UserError(
+            f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of one "
+            "kind and length"
+        )
 
 
 def _check_data(source: Source, tokenizer: Tokenizer) -> None:

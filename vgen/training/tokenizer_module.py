@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from vgen.evaluation.pixel_metrics import psnr
 from vgen.losses.vq import VQLoss
-from vgen.pixels import to_uint8
+from vgen.pixels import frames_of, to_uint8
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
@@ -78,6 +78,7 @@ class TokenizerModule(TrainingModule):
         last = (self.trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.accumulate == 0
         # Asked before the tokenizer's step, which advances the counter.
         step = self.trainer.global_step + 1
+        self.tokenizer.training_progress = step / self.trainer.max_steps
         output = self.network(pixels)
         total, logs = self.loss.generator_loss(
             pixels,
@@ -92,7 +93,7 @@ class TokenizerModule(TrainingModule):
         self._count_codes(self._codes_on_device(), output.ids)
         if last:
             self._step_network()
-        if self.discriminator is not None and self.loss.active(step):
+        if self.discriminator is not None and self.loss.judges(step):
             total, logs = self.loss.discriminator_loss(
                 pixels, output.reconstruction.detach(), step=step, discriminator=self.discriminator
             )
@@ -106,7 +107,7 @@ class TokenizerModule(TrainingModule):
         pixels = batch["pixels"]
         output = self.network(pixels)
         _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=0)
-        quality = psnr(to_uint8(output.reconstruction), to_uint8(pixels)).mean()
+        quality = psnr(to_uint8(frames_of(output.reconstruction)), to_uint8(frames_of(pixels))).mean()
         self.sum_validation(len(pixels), loss=logs.pop("total"), psnr=quality, **logs)
         self._validation_codes = self._validation_codes.to(self.device)
         self._count_codes(self._validation_codes, output.ids)
