@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,18 @@ from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
 AdaLNInput = Literal["condition", "step", "direction"]
+
+
+class Located(NamedTuple):
+    """What slots take from their places alone, so that a plan's passes can be prepared once.
+
+    Attributes:
+        places: raster positions.
+        rope: rotary rows; None = none.
+    """
+
+    places: Places
+    rope: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -210,6 +222,11 @@ class Transformer(nn.Module):
         for block in self.layers:
             block.compile()
 
+    def compile_decoding(self) -> None:
+        """Compile every block for decoding, in place; sums of bfloat16 products may round differently from then on."""
+        for block in self.layers:
+            block.compile_decoding()
+
     @property
     def num_condition(self) -> int:
         """Condition slots at the start of every sequence."""
@@ -262,8 +279,21 @@ class Transformer(nn.Module):
                     "list: the generator was trained for another schedule"
                 )
 
+    def locate(self, feed: Feed, order: Tensor) -> Located:
+        """What the slots of a feed take from their places alone; arguments as in :meth:`enter`."""
+        places = Places.of(feed, order)
+        return Located(places, self.rotary(places.own, places.target))
+
     def enter(
-        self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, *, blank: Tensor | None = None, **seen: Any
+        self,
+        ids: Tensor,
+        condition: Tensor,
+        feed: Feed,
+        order: Tensor,
+        *,
+        blank: Tensor | None = None,
+        located: Located | None = None,
+        **seen: Any,
     ) -> tuple[Tensor, View]:
         """Embedded slots [B, F, dim] and what the blocks need to know of them.
 
@@ -273,10 +303,11 @@ class Transformer(nn.Module):
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            located: what :meth:`locate` gives, if it is known already.
             seen: further fields of :class:`vgen.layers.attention.View`: visibility and cache.
         """
-        places = Places.of(feed, order)
-        rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
+        places, rope = located or self.locate(feed, order)
+        modulator = self.modulator(condition, feed, places)
         return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
 
     def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
@@ -408,6 +439,7 @@ class Transformer(nn.Module):
         order: Tensor | None = None,
         drop: Tensor | None = None,
         padding: Tensor | None = None,
+        flex: bool = False,
     ) -> Tensor:
         """Teacher-forced logits of every token.
 
@@ -418,6 +450,8 @@ class Transformer(nn.Module):
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
+            flex: FlexAttention under the plan's block mask instead of a dense mask; neither padding nor dropout of
+                attention weights can be had with it.
 
         Returns:
             float32 [B, N, V], raster order; the logits of a token depend only on the condition and on tokens decided in
@@ -431,6 +465,9 @@ class Transformer(nn.Module):
             read, ordered = tensors.read_in_order.reordered(order.argsort(1)), ids.gather(1, order)
         embedded = self.condition(condition, drop)
         x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
+        if flex:
+            assert padding is None, "the block mask is the plan's own"
+            view = replace(view, causal=False, mask=None, blocks=tensors.blocks)
         if padding is not None:
             slots = torch.arange(plan.num_slots, device=ids.device)
             visible = tensors.mask if tensors.mask is not None else slots[None, :] <= slots[:, None]
@@ -447,6 +484,7 @@ class Transformer(nn.Module):
         *,
         padding: Tensor | None = None,
         blank: Tensor | None = None,
+        located: Located | None = None,
     ) -> Tensor:
         """One pass of the decoding loop.
 
@@ -458,6 +496,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier passes; written to.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            located: what :meth:`locate` gives for the feed of the pass, if it is known already.
 
         Returns:
             float32 [B, D, V], logits of the targets of the pass.
@@ -474,6 +513,7 @@ class Transformer(nn.Module):
             forward.feed,
             order,
             blank=blank,
+            located=located,
             causal=False,
             mask=mask,
             cache=cache,

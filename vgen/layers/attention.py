@@ -1,9 +1,12 @@
 """Multi-head self-attention with rotary codes; the one attention call of the project."""
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import Modulator
@@ -18,6 +21,7 @@ class View:
     Attributes:
         causal: lower-triangular visibility without a mask tensor.
         mask: bool [F, P] or [B, 1, F, P], True = visible; None = everything (or causal).
+        blocks: block-sparse form of the mask, for FlexAttention; None = ``causal`` and ``mask`` decide.
         rope: float32 [F, head_dim / 2, 2] or [B, F, head_dim / 2, 2]; None = queries and keys are not rotated.
         modulator: conditioning of adaptive layer norms; None = the network has none.
         cache: cache to write to and attend over; None for teacher forcing.
@@ -34,6 +38,7 @@ class View:
     rows: Tensor | None = None
     row_start: int = -1
     prefix: int = 0
+    blocks: BlockMask | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
@@ -54,6 +59,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
     )
+
+
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:
+    """The same function under a block mask (FlexAttention, arXiv 2412.05496); shapes as in :func:`attend`.
+
+    On a GPU the kernel is compiled; on the CPU it runs as plain tensor operations, for inference only.
+    """
+    call = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return call(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def _compiled_flex():  # noqa: ANN202
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class Attention(nn.Module):
@@ -93,6 +112,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Attend from x [B, F, dim]; ``layer`` indexes the cache."""
+        return self.merge(self.look(*self.project(x, view.rope), view, layer))
+
+    def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
         sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         query, key, value = (
@@ -100,11 +123,25 @@ class Attention(nn.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
-        if view.rope is not None:
-            query, key = rotate(query, view.rope), rotate(key, view.rope)
-        if view.cache is not None:
+        if rope is not None:
+            query, key = rotate(query, rope), rotate(key, rope)
+        return query, key, value
+
+    def look(self, query: Tensor, key: Tensor | None, value: Tensor | None, view: View, layer: int) -> Tensor:
+        """What the slots see, [B, F, heads * head_dim]; without keys and values those of the cache, already written."""
+        if key is None or value is None:
+            assert view.cache is not None
+            key, value = view.cache.visible(layer, view.prefix)
+        elif view.cache is not None:
             assert view.rows is not None
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, causal=view.causal, mask=view.mask, dropout=dropout)
-        return self.residual_dropout(self.wo(out.transpose(1, 2).reshape(batch, fed, -1)))
+        if view.blocks is not None:
+            out = attend_blocks(query, key, value, view.blocks)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = attend(query, key, value, causal=view.causal, mask=view.mask, dropout=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def merge(self, seen: Tensor) -> Tensor:
+        """Output projection of what :meth:`look` returned, [B, F, dim]."""
+        return self.residual_dropout(self.wo(seen))

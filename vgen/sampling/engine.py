@@ -1,0 +1,167 @@
+"""Decoding batch after batch: the passes of a static plan recorded once as a CUDA graph and replayed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vgen.errors import UserError
+from vgen.generators.transformer import Located, Transformer
+from vgen.sampling.decode import Request, Watch, check_request, run_passes
+from vgen.sampling.settings import Sampling, SpatialGuidance
+from vgen.schedules.plan import Plan
+
+Engine = Literal["auto", "eager", "graph", "compiled"]
+Record = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
+
+
+def record_graph(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Record a function as a CUDA graph.
+
+    Args:
+        run: launches kernels on fixed buffers and never waits for the device; it has run before, so that everything it
+            compiles or allocates once is there.
+        device: a CUDA device.
+
+    Returns:
+        A function that replays the kernels and returns the tensor that ``run`` returned, overwritten by every replay.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded decoding.
+
+    Attributes:
+        inputs: the buffers it reads.
+        replay: runs it and returns ids int64 [B, N], valid until the next replay.
+    """
+
+    inputs: Request
+    replay: Callable[[], Tensor]
+
+    def run(self, request: Request) -> Tensor:
+        """Ids int64 [B, N] of another request of the same shapes."""
+        values = request.tensors()
+        for name, buffer in self.inputs.tensors().items():
+            buffer.copy_(values[name])
+        return self.replay().clone()
+
+
+class Decoder:
+    """Decodes batches of one generator and plan.
+
+    A graph holds all passes of a decoding for one batch size, set of inputs and sampling settings; seed, sample indices
+    and conditions are its inputs. The first batch of a kind runs eagerly, which warms up what a recording must not do;
+    the second records; a job with a single batch never pays for a recording. Orders that are decided at run time and
+    calls that watch the passes run eagerly always. All ways draw the same tokens, but for ``compiled``, where fused
+    kernels round differently.
+
+    Args:
+        generator: network in eval mode; its weights may change in place, not move.
+        plan: decode order.
+        engine: ``eager``, ``graph``, ``compiled`` (graphs of blocks fused by torch.compile), or ``auto``: ``graph`` on
+            a CUDA device, otherwise ``eager``.
+        largest: graphs kept at once; the one unused for longest goes first.
+        record: makes a replay of a function; for tests on devices without graphs.
+
+    Raises:
+        UserError: for an unknown engine, or one that the device does not have.
+    """
+
+    def __init__(
+        self,
+        generator: Transformer,
+        plan: Plan,
+        *,
+        engine: Engine = "auto",
+        largest: int = 4,
+        record: Record | None = None,
+    ) -> None:
+        if engine not in get_args(Engine):
+            raise UserError(f"engine={engine} is unknown; choose one of {', '.join(get_args(Engine))}")
+        on_cuda = generator.device.type == "cuda"
+        if engine in ("graph", "compiled") and not (on_cuda or record):
+            raise UserError(f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto")
+        self.generator, self.plan = generator, plan
+        self.recorded = plan.policy is None and engine != "eager" and (on_cuda or record is not None)
+        self._record, self._largest = record or record_graph, largest
+        self._recordings: dict[tuple, Recording | None] = {}
+        self._located: list[Located] | None = None
+        if engine == "compiled":
+            generator.compile_decoding()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        condition: Tensor,
+        *,
+        sampling: Sampling,
+        sample_index: Tensor,
+        padding: Tensor | None = None,
+        known_ids: Tensor | None = None,
+        known: Tensor | None = None,
+        spatial: SpatialGuidance | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Decode token ids; arguments, result and errors as in :func:`vgen.sampling.decode.decode`."""
+        request = Request.make(
+            condition, seed=sampling.seed, sample_index=sample_index, padding=padding, known_ids=known_ids, known=known
+        )
+        check_request(self.generator, self.plan, request)
+        if not self.recorded or watch is not None:
+            return self._run(request, sampling, spatial, watch)
+        shapes = tuple((name, value.shape, value.dtype) for name, value in request.tensors().items())
+        key = (shapes, replace(sampling, seed=0), spatial)
+        if key not in self._recordings:
+            self._recordings[key] = None
+            return self._run(request, sampling, spatial)
+        recording = self._recordings.pop(key) or self._make(request, sampling, spatial)
+        self._recordings[key] = recording
+        return recording.run(request)
+
+    def _make(self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None) -> Recording:
+        held = [key for key, recording in self._recordings.items() if recording is not None]
+        for key in held[: max(0, len(held) + 1 - self._largest)]:
+            self._recordings[key] = None
+        inputs = Request(**{name: value.clone() for name, value in request.tensors().items()})
+        return Recording(inputs, self._record(lambda: self._run(inputs, sampling, spatial), self.generator.device))
+
+    def _run(
+        self,
+        request: Request,
+        sampling: Sampling,
+        spatial: SpatialGuidance | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        return run_passes(
+            self.generator,
+            self.plan,
+            request,
+            sampling=sampling,
+            spatial=spatial,
+            located=self._places(request),
+            watch=watch,
+        )
+
+    def _places(self, request: Request) -> list[Located] | None:
+        """What the passes take from the places of their slots, looked up once where all samples share one order."""
+        plan = self.plan
+        if plan.policy is not None or plan.shuffled or (plan.any_order and request.known is not None):
+            return None
+        if self._located is None:
+            tensors = plan.on(self.generator.device)
+            self._located = [self.generator.locate(forward.feed, tensors.order) for forward in tensors.forwards]
+        return self._located
