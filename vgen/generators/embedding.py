@@ -86,7 +86,7 @@ class LearnedPlaces(nn.Module):
 
 def _lookup(table: nn.Embedding, rows: Tensor, valid: Tensor) -> Tensor:
     """Rows of a table, zero where not valid."""
-    return table(torch.where(valid, rows, 0)) * valid[..., None].to(table.weight.dtype)
+    return table(rows.masked_fill(~valid, 0)) * valid[..., None].to(table.weight.dtype)
 
 
 class Directions(nn.Module):
@@ -127,4 +127,4 @@ class Directions(nn.Module):
         for axis, side in enumerate(self.grid):
             index = index * (2 * side - 1) + move[..., axis] + side - 1
         somewhere = (own < prod(self.grid)) & (target < prod(self.grid))
-        return torch.where(somewhere, self.numbers[index], 0)
+        return self.numbers[index].masked_fill(~somewhere, 0)
