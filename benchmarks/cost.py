@@ -122,7 +122,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     return Ceilings(rate, 2 * side**3 / product_s)
 
 
-def median_seconds(work, device: torch.device, *, repeats: int, warmup: int = 2) -> float:  # noqa: ANN001
+def median_seconds(work, device: torch.device, *, repeats: int, warmup: int = 2) -> float:
     """Median time of a call, by device events on a GPU."""
     import time
 

@@ -119,9 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for attention in given.attention:
                 if attention == "flex" and (device.type != "cuda" or plan.on(device).causal):
                     continue
-                generator = make_generator(
-                    given.size, plan, device=device, dtype=torch.float32, vocab_size=given.vocab
-                )
+                generator = make_generator(given.size, plan, device=device, dtype=torch.float32, vocab_size=given.vocab)
                 if not given.eager:
                     generator.compile_blocks()
                 if device.type == "cuda":

@@ -20,9 +20,11 @@ from vgen.checkpoints.convert import load_strict, read_weights
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
+from vgen.sampling.engine import Engine
 from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
 from vgen.sampling.given import Edit
 from vgen.sampling.pipeline import Pipeline
+from vgen.sampling.pixels import PixelSettings
 from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -207,17 +209,21 @@ def load_pipeline(
     picture_size: int | None = None,
     edit: Edit | None = None,
     extrapolation: Extrapolation | None = None,
+    engine: Engine = "auto",
+    pixels: PixelSettings | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
     Args:
         folder: release of a generator, with its tokenizer inside.
         device: where to run.
-        dtype: of the generator; the tokenizer stays in float32.
+        dtype: of the generator; the tokenizer's weights stay in float32.
         schedule: schedule configuration to decode with; null = the one the generator was trained with.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         edit: picture of which a part is kept; null = none.
         extrapolation: decode pictures larger than trained; null = not.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -244,9 +250,19 @@ def load_pipeline(
             fine_plan=build(config | fine)(grid=finer_grid, num_condition=generator.num_condition),
             extrapolation=extrapolation,
             picture_size=picture_size,
+            engine=engine,
+            pixels=pixels,
         )
     given = None if edit is None else edit.given(tokenizer)
     if given is not None and plan.has_queries:
         # Such an order takes what is given first, so that everything else is decided in view of it.
         plan = make_plan_for(generator, config | {"num_known": given.count})
-    return Pipeline(generator=generator, tokenizer=tokenizer, plan=plan, picture_size=picture_size, given=given)
+    return Pipeline(
+        generator=generator,
+        tokenizer=tokenizer,
+        plan=plan,
+        picture_size=picture_size,
+        given=given,
+        engine=engine,
+        pixels=pixels,
+    )

@@ -6,6 +6,7 @@ from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
+from vgen.sampling.pixels import PixelSettings
 
 
 def sample(config: DictConfig) -> None:
@@ -18,14 +19,17 @@ def sample(config: DictConfig) -> None:
     assert isinstance(plain, dict)
     device = pick_device(plain["device"])
     sampling = build(plain["sampling"])
+    pixels = PixelSettings(**plain["pixels"])
     pipeline = load_pipeline(
         plain["checkpoint"],
         device=device,
         dtype=pick_dtype(plain["dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
-        edit=None if plain["edit"] is None else build(plain["edit"]),
-        extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
+        edit=build(plain["edit"]) if plain.get("edit") else None,
+        extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
+        engine=plain["engine"],
+        pixels=pixels,
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -33,7 +37,9 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate") if plain[name] is not None},
+        **{name: plain[name] for name in ("edit", "extrapolate") if plain.get(name)},
+        **({"engine": plain["engine"]} if plain["engine"] == "compiled" else {}),
+        **({"pixels": plain["pixels"]} if pixels != PixelSettings() else {}),
     }
     with joined(device) as peers:
         files = run_sampling(
@@ -48,6 +54,7 @@ def sample(config: DictConfig) -> None:
             fmt=plain["format"],
             grid_pictures=plain["grid_pictures"],
             animated=plain["animate"],
+            split_batches=plain["split_batches"],
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

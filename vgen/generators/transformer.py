@@ -233,6 +233,11 @@ class Transformer(nn.Module):
         return self.condition.num_slots
 
     @property
+    def drops_attention(self) -> bool:
+        """Whether training drops attention weights."""
+        return any(block.attention.dropout > 0 for block in self.layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.outputs.parameters()).dtype

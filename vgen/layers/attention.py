@@ -71,7 +71,7 @@ def attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) 
 
 
 @cache
-def _compiled_flex():  # noqa: ANN202
+def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -252,7 +252,9 @@ def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: 
     """
     order = plan.on(sample_index.device).order
     if plan.shuffled:
-        order = keyed_uniform(seed, _ORDER_STREAM, sample_index[:, None], torch.arange(len(order), device=order.device)).argsort(1)
+        order = keyed_uniform(
+            seed, _ORDER_STREAM, sample_index[:, None], torch.arange(len(order), device=order.device)
+        ).argsort(1)
     if plan.any_order and known is not None:
         order = order.expand(len(known), -1)
         order = order.gather(1, (~known.gather(1, order)).long().argsort(dim=1, stable=True))

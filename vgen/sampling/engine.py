@@ -30,6 +30,7 @@ def record_graph(run: Callable[[], Tensor], device: torch.device) -> Callable[[]
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     with torch.cuda.device(device), torch.cuda.graph(graph):
         result = run()
 
@@ -94,7 +95,9 @@ class Decoder:
             raise UserError(f"engine={engine} is unknown; choose one of {', '.join(get_args(Engine))}")
         on_cuda = generator.device.type == "cuda"
         if engine in ("graph", "compiled") and not (on_cuda or record):
-            raise UserError(f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto")
+            raise UserError(
+                f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
+            )
         self.generator, self.plan = generator, plan
         self.recorded = plan.policy is None and engine != "eager" and (on_cuda or record is not None)
         self._record, self._largest = record or record_graph, largest
@@ -131,6 +134,12 @@ class Decoder:
         recording = self._recordings.pop(key) or self._make(request, sampling, spatial)
         self._recordings[key] = recording
         return recording.run(request)
+
+    def forget(self) -> None:
+        """Drop all recordings and the memory they hold."""
+        self._recordings.clear()
+        if self.generator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _make(self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None) -> Recording:
         held = [key for key, recording in self._recordings.items() if recording is not None]

@@ -14,6 +14,7 @@ from vgen.sampling.animation import animate
 from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, grid_order
+from vgen.sampling.writer import BackgroundWriter
 
 ANIMATION = "decode.gif"
 
@@ -41,6 +42,7 @@ def run_sampling(
     fmt: str,
     grid_pictures: int,
     animated: int = 0,
+    split_batches: bool = False,
 ) -> list[Path]:
     """Sample, store and draw a grid.
 
@@ -56,6 +58,7 @@ def run_sampling(
         fmt: see :class:`vgen.sampling.store.SampleStore`.
         grid_pictures: pictures on the grid; 0 = none.
         animated: samples whose decoding is shown in ``decode.gif``; 0 = none.
+        split_batches: halve batches that do not fit in memory.
 
     Returns:
         The files written.
@@ -85,8 +88,12 @@ def run_sampling(
     if not store.finished:
         before = int(store.done.sum())
         start = time.perf_counter()
-        for batch in sample_stream(pipeline, wanted, sampling, batch_size=batch_size, done=store.done):
-            store.write(batch)
+        stream = sample_stream(
+            pipeline, wanted, sampling, batch_size=batch_size, done=store.done, split_batches=split_batches
+        )
+        with BackgroundWriter(store.write) as writer:
+            for batch in stream:
+                writer.put(batch)
         peers.barrier()
         if peers.rank == 0:
             seconds = time.perf_counter() - start

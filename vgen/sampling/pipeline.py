@@ -12,8 +12,10 @@ from vgen.generators.transformer import Transformer
 from vgen.pixels import resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
-from vgen.sampling.decode import Watch, decode
+from vgen.sampling.decode import Watch
+from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.given import Given
+from vgen.sampling.pixels import PixelDecoder, PixelSettings
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -28,9 +30,12 @@ class Pipeline:
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         given: tokens that every sample keeps; null = none.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
-        UserError: if vocabulary, grid or plan do not fit together, or for a picture size below 1.
+        UserError: if vocabulary, grid or plan do not fit together, for a picture size below 1, or for an engine that is
+            not there.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class Pipeline:
         plan: Plan,
         picture_size: int | None = None,
         given: Given | None = None,
+        engine: Engine = "auto",
+        pixels: PixelSettings | None = None,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
@@ -52,6 +59,8 @@ class Pipeline:
         self.picture_size = picture_size or tokenizer.image_size
         self.num_classes = generator.condition.num_classes
         self.given = given
+        self.decoder = Decoder(generator, plan, engine=engine)
+        self.pixel_decoder = PixelDecoder(tokenizer, pixels or PixelSettings())
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +86,7 @@ class Pipeline:
         """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``."""
         self.check_labels(labels)
         given = self.given
-        return decode(
-            self.generator,
-            self.plan,
+        return self.decoder(
             labels.to(self.device),
             sampling=sampling,
             sample_index=sample_index.to(self.device),
@@ -91,10 +98,14 @@ class Pipeline:
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pictures uint8 [B, 3, H, W] for labels int64 [B] and sample indices int64 [B]."""
-        pixels = self.tokenizer.decode(self.generate_ids(labels, sample_index, sampling))
+        pixels = self.pixel_decoder(self.generate_ids(labels, sample_index, sampling))
         if self.picture_size != pixels.shape[-1]:
             pixels = resize_pixels(pixels, self.picture_size)
         return to_uint8(pixels)
+
+    def free_memory(self) -> None:
+        """Give the device's memory back that only makes the next batch faster."""
+        self.decoder.forget()
 
 
 def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:
@@ -166,6 +177,7 @@ def sample_stream(
     *,
     batch_size: int,
     done: Tensor | None = None,
+    split_batches: bool = False,
 ) -> Iterator[SampleBatch]:
     """Generate this process's share of the samples, batch by batch.
 
@@ -177,16 +189,41 @@ def sample_stream(
         sampling: settings.
         batch_size: samples per batch.
         done: bool [num_samples], samples to skip because an earlier run finished them.
+        split_batches: halve batches that do not fit in memory.
 
     Raises:
-        UserError: for a label out of range, before any work.
+        UserError: for a label out of range, before any work; for batches that do not fit in memory unless they may be
+            split, naming a size that fits.
     """
     pipeline.check_labels(labels)
     mine = torch.arange(rank(), len(labels), world_size())
     if done is not None:
         mine = mine[~done[mine]]
     with progress_bar("sampling", total=len(mine), unit="img") as bar:
-        for index in mine.split(batch_size):
-            images = pipeline.generate(labels[index], index, sampling).cpu()
+        size, position = batch_size, 0
+        while position < len(mine):
+            index, images = mine[position : position + size], None
+            try:
+                images = pipeline.generate(labels[index], index, sampling).cpu()
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            if images is None:
+                # Outside of the handler, whose traceback would keep the failed batch alive.
+                pipeline.free_memory()
+                if len(index) == 1:
+                    raise UserError("a single sample does not fit in memory; use dtype=bfloat16 or a larger device")
+                size = (len(index) + 1) // 2
+                continue
+            if size < batch_size and not split_batches:
+                raise UserError(
+                    f"batch_size={batch_size} does not fit in memory, batch_size={size} does (found by halving); set "
+                    "that, or split_batches=true to have batches split as needed"
+                )
+            position += len(index)
             bar.update(len(index))
             yield SampleBatch(index, labels[index], images)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

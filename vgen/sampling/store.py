@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,9 @@ class SampleStore:
         folder = self.folder / "images"
         try:
             folder.mkdir(exist_ok=True)
-            for i, picture in zip(index, pictures, strict=True):
-                Image.fromarray(picture).save(folder / f"{int(i):06d}.png")
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression runs outside of Python's lock
+                names = [folder / f"{int(i):06d}.png" for i in index]
+                list(pool.map(lambda name, picture: Image.fromarray(picture).save(name), names, pictures))
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be written ({error.strerror}); {int(self.flags.sum())} samples are safe: free space "

@@ -1,11 +1,12 @@
 """Training of a generator on token ids, given or encoded on the fly by a frozen tokenizer."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import token_accuracy, token_cross_entropy
 from vgen.random import keyed_uniform
@@ -13,6 +14,7 @@ from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
+AttentionKind = Literal["auto", "dense", "flex"]
 _CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM = 102, 103, 104
 
 
@@ -26,6 +28,8 @@ class GeneratorModule(TrainingModule):
         optimizer: function of (named parameters, names of matrices).
         condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
         compile_network: compile the teacher-forced pass.
+        attention: how a visibility that is not causal is trained: ``dense`` (a mask tensor), ``flex`` (FlexAttention,
+            which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks, otherwise dense.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
     """
 
@@ -40,9 +44,12 @@ class GeneratorModule(TrainingModule):
         optimizer: MakeOptimizer,
         condition_dropout: float,
         compile_network: bool,
+        attention: AttentionKind = "auto",
         **shared: Any,
     ) -> None:
         super().__init__(network=generator, **shared)
+        check_attention(attention, generator)
+        self.attention, self.compiled = attention, compile_network
         self.plan = plan
         self.condition_dropout = condition_dropout
         self._make_optimizer = optimizer
@@ -66,6 +73,17 @@ class GeneratorModule(TrainingModule):
         """Move the tokenizer, which Lightning does not see."""
         super().on_fit_start()
         self.tokenizer.to(self.device)
+        if self.attention == "flex" and self.device.type != "cuda":
+            raise UserError("task.attention=flex trains on a GPU only; use task.attention=auto or dense")
+
+    @property
+    def flex(self) -> bool:
+        """Whether training steps run FlexAttention; validation, with its odd batch, keeps the mask."""
+        if self.attention == "auto":
+            wanted = self.compiled and not self.generator.drops_attention
+        else:
+            wanted = self.attention == "flex"
+        return wanted and self.device.type == "cuda" and not self.plan.on(self.device).causal
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer over the generator."""
@@ -107,7 +125,8 @@ class GeneratorModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, drop=self.dropped(batch["index"]))
+        drop = self.dropped(batch["index"])
+        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, drop=drop, flex=self.flex)
         loss = token_cross_entropy(logits, ids)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids))
         return loss
@@ -147,3 +166,18 @@ class GeneratorModule(TrainingModule):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.generator.logits(ids, batch["label"][:1], self.plan)
         return 3.0 * counter.get_total_flops()
+
+
+def check_attention(attention: str, generator: Transformer) -> None:
+    """Refuse a kind of attention that cannot train a network.
+
+    Raises:
+        UserError: for an unknown kind, or FlexAttention with dropout of attention weights.
+    """
+    if attention not in get_args(AttentionKind):
+        raise UserError(f"task.attention={attention} is unknown; choose one of {', '.join(get_args(AttentionKind))}")
+    if attention == "flex" and generator.drops_attention:
+        raise UserError(
+            "task.attention=flex cannot drop attention weights; set generator.attention_dropout=0 or "
+            "task.attention=dense"
+        )

@@ -109,6 +109,7 @@ def build_generator(config: Node) -> Parts:
         optimizer=make(task["optimizer"], "task.optimizer"),
         condition_dropout=task["condition_dropout"],
         compile_network=task["compile"],
+        attention=task["attention"],
         **_shared(config),
     )
     return Parts(module, source, network, {"schedule": config["schedule"], **_extra(config, source)}, release)
