@@ -7,7 +7,8 @@ from adapters import EXACT, Case, Check, Tolerance, compare_all
 from PIL import Image
 
 from vgen.data.transforms import adm_center_crop
-from vgen.evaluation.fvd import FVD_VARIANTS, crop_clips, prepare_clips
+from vgen.data.video_transforms import ClipTransform
+from vgen.evaluation.fvd import FVD_VARIANTS, prepare_clips
 from vgen.evaluation.pixel_metrics import pooled_psnr, psnr, ssim
 from vgen.evaluation.quantise import quantise
 from vgen.evaluation.resize import resize_pictures
@@ -72,7 +73,8 @@ def run_fvd_preparation(case: Case) -> list[Check]:
     clips, args = case.inputs["video"].permute(0, 4, 1, 2, 3), case.data["args"]
     names = {"tats": "tats", "styleganv": "common_styleganv", "videogpt": "common_videogpt"}
     got = {name: prepare_clips(clips, FVD_VARIANTS[rule], side=args["i3d_size"]) for name, rule in names.items()}
-    got["larp_loader"] = crop_clips(clips, args["larp_size"])
+    loader = ClipTransform(image_size=args["larp_size"], crop="center", flip=False)
+    got["larp_loader"] = torch.stack([loader(clip) for clip in case.inputs["video"]])
     got["larp_detector_input"] = prepare_clips(got["larp_loader"], FVD_VARIANTS["larp"])
     return compare_all(case, got, Tolerance(1e-5, 0.0))
 

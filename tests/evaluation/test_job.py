@@ -194,6 +194,12 @@ def test_reconstruction_of_a_tokenizer(files):
     assert metrics["codebook_perplexity"] <= 16 * metrics["codebook_usage"]
     assert report["skipped"] == {"classifier": "needs job=samples"}
     assert (files / "release.report_reconstructions.png").is_file()
+    options = (f"checkpoint={release}", f"reference={files}/real.npz", "device=cpu", "evaluation.metrics=[psnr]")
+    truncated = evaluate(compose_config(*options, "evaluation.quantise=titok"))
+    assert (report["pixels"]["quantise"], truncated["pixels"]["quantise"]) == ("round", "titok")
+    assert truncated["metrics"]["psnr"] != metrics["psnr"]
+    with pytest.raises(UserError, match="quantise=floor is unknown; choose one of round, adm"):
+        evaluate(compose_config(*options, "evaluation.quantise=floor"))
     with pytest.raises(UserError, match="job=reconstruction"):
         evaluate(compose_config(f"checkpoint={release}", "job=samples", f"reference={files}/real.npz"))
     with pytest.raises(UserError, match="made for 12x12 pictures but digits val has 16x16"):

@@ -97,6 +97,11 @@ def test_sliced_distance_is_repeatable_and_zero_for_one_set():
     assert sliced_distance(x, y, projections=20, seed=1) != sliced_distance(x, y, projections=20, seed=2)
 
 
+def test_mind_uses_torch_fidelitys_default():
+    x, y = torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0))
+    assert sliced_distance(x, y, seed=1) == sliced_distance(x, y, projections=1000, seed=1)
+
+
 def test_codebook_scores():
     values = codebook_scores(torch.tensor([4, 4, 0, 0]))
     assert values == pytest.approx({"codebook_usage": 0.5, "codebook_entropy_bits": 1.0, "codebook_perplexity": 2.0})

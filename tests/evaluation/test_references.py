@@ -110,7 +110,8 @@ def test_a_reference_batch_gives_statistics_and_pictures(files):
 def test_the_two_dialects_are_named_and_differ(files):
     options = ("evaluation.isc_splits=2", "evaluation.isc_split_size=11", "evaluation.prdc_neighborhood=3")
     theirs = run(files, *options, "evaluation.dialect=adm", metrics="[isc,prc,prdc]")
-    ours = run(files, *options, metrics="[isc,prc,prdc]")
+    ours = run(files, *options, metrics="[isc,prc,prdc,mind]")
+    assert ours["metrics"]["mind_tiny"] > 0
     assert theirs["estimator"]["dialect"] == "adm"
     assert ours["estimator"]["dialect"] == "torch-fidelity"
     assert "is_tiny_std" in ours["metrics"]

@@ -13,6 +13,7 @@ CONVENTIONS = {
     "extractor": ("extractor", "sha256"),
     "layer": ("extractor", "layer"),
     "resize": ("pixels", "resize_mode"),
+    "rounding to 8 bits": ("pixels", "quantise"),
     "dialect": ("estimator", "dialect"),
     "divisor of the covariance": ("estimator", "covariance_divisor"),
     "variant of FVD": ("estimator", "fvd_variant"),

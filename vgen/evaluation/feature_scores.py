@@ -71,6 +71,8 @@ class FeatureScores:
                 samples, real, subsets=settings.kid_subsets, subset_size=size, seed=settings.seed
             )
             self.values |= {self.name("kid"): mean, f"{self.name('kid')}_std": std}
+        if "mind" in self.active:
+            self.values[self.name("mind")] = scores.sliced_distance(samples, real, seed=settings.seed)
         if "kvd" in self.active:
             self.values[self.name("kvd")] = scores.squared_mmd(samples, real)
         for metric, k in (("prc", settings.prc_neighborhood), ("prdc", settings.prdc_neighborhood)):

@@ -85,8 +85,8 @@ def _frames(clips: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     return frames.unflatten(0, (count, -1)).transpose(1, 2)
 
 
-def _bilinear(frames: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
-    return F.interpolate(frames, size=size, mode="bilinear", antialias=antialias)
+def _bilinear(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(frames, size=size, mode="bilinear")
 
 
 def _cropped(frames: Tensor, side: int) -> Tensor:
@@ -97,28 +97,6 @@ def _cropped(frames: Tensor, side: int) -> Tensor:
     frames = _bilinear(frames, size)
     top, left = (frames.shape[2] - side) // 2, (frames.shape[3] - side) // 2
     return frames[:, :, top : top + side, left : left + side]
-
-
-def crop_clips(clips: Tensor, side: int) -> Tensor:
-    """LARP's loader: short side to ``side`` bilinearly with antialiasing, then the centre.
-
-    Args:
-        clips: uint8 [B, 3, T, H, W].
-        side: resolution of the data set, 128 for UCF-101.
-
-    Returns:
-        float32 [B, 3, T, side, side] in [0, 1], not rounded to 8 bits.
-    """
-
-    def change(frames: Tensor) -> Tensor:
-        height, width = frames.shape[2:]
-        long = int(side * max(height, width) / min(height, width))
-        size = (side, long) if height <= width else (long, side)
-        frames = _bilinear(frames, size, antialias=True)
-        top, left = (round((length - side) / 2) for length in size)
-        return frames[:, :, top : top + side, left : left + side]
-
-    return _frames(clips.float() / 255, change)
 
 
 def _levels(clips: Tensor, quantise: str) -> Tensor:

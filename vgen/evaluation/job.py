@@ -292,7 +292,7 @@ def _report(
         "extractor": extractor.describe() if extractor else None,
         "pixels": {
             "source": source,
-            "quantise": "round half up",
+            "quantise": settings.quantise if name == "reconstruction" else "round",
             "resize_mode": extractor.resize_mode if isinstance(extractor, Extractor) else None,
         },
         "estimator": estimator,

@@ -13,10 +13,11 @@ from vgen.evaluation.feature_scores import FeatureScores
 from vgen.evaluation.metrics import codebook_scores
 from vgen.evaluation.pictures import Pictures, RangeGuard
 from vgen.evaluation.pixel_metrics import PSNR_CAP, SSIM_CONVENTIONS, psnr, ssim
+from vgen.evaluation.quantise import quantise
 from vgen.evaluation.real_side import batch_size
 from vgen.evaluation.settings import CLIP_METRICS, DISTANCES, RECONSTRUCTION_METRICS, EvaluationSettings
 from vgen.losses.perceptual import LPIPS
-from vgen.pixels import from_uint8, save_grid, to_uint8
+from vgen.pixels import from_uint8, save_grid
 from vgen.processes import Processes
 from vgen.tokenizers.base import Tokenizer
 
@@ -159,7 +160,7 @@ class ReconstructionJob:
                 with torch.inference_mode():
                     pixels = from_uint8(batch.pictures.to(self.device))
                     ids = self.made.encode(pixels.transpose(1, 2) if clips else pixels)
-                    made = to_uint8(self.made.decode(ids)).cpu()
+                    made = quantise(self.made.decode(ids).float(), self.settings.quantise).cpu()
                 made = made.transpose(1, 2) if clips else made
                 codes += torch.bincount(ids.flatten().cpu(), minlength=len(codes))
             else:

@@ -19,7 +19,7 @@ from vgen.evaluation.settings import CLIP_METRICS, SAMPLE_METRICS, EvaluationSet
 from vgen.evaluation.sources import Reference
 from vgen.processes import Processes
 
-REAL_FEATURES = {"kid", "kvd", "prc", "prdc"}
+REAL_FEATURES = {"kid", "kvd", "mind", "prc", "prdc"}
 
 
 @dataclass

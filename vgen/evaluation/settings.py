@@ -8,10 +8,11 @@ from vgen.errors import UserError
 from vgen.evaluation.fvd import fvd_variant
 from vgen.evaluation.pixel_metrics import SSIM_CONVENTIONS
 from vgen.evaluation.protocol import Protocol
+from vgen.evaluation.quantise import QUANTISE_RULES
 from vgen.evaluation.resize import RESIZE_MODES
 from vgen.evaluation.video_files import ClipChoice
 
-FEATURE_METRICS = ("fd", "fid", "sfid", "isc", "kid", "prc", "prdc", "accuracy")
+FEATURE_METRICS = ("fd", "fid", "sfid", "isc", "kid", "mind", "prc", "prdc", "accuracy")
 CLIP_METRICS = ("fvd", "kvd")
 SAMPLE_METRICS = (*FEATURE_METRICS, *CLIP_METRICS, "clip_score", "classifier", "nearest")
 RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "codebook", "fd", "fid", "sfid", "fvd")
@@ -48,6 +49,8 @@ class EvaluationSettings:
         prc_half: compute the ADM suite's distances in float16, as its published figures were.
         prdc_neighborhood: k of density and coverage.
         ssim: convention of the structural similarity.
+        quantise: how the pictures of a tokenizer under test become 8-bit (:func:`vgen.evaluation.quantise.quantise`);
+            other rules than ``round`` are for comparing with code that truncates.
         clip_model: folder with a local copy of a CLIP repository of the hub, for ``clip_score``.
         fvd_variant: whose Frechet video distance.
         clips: which frames of video files make a clip; None where no video files are read.
@@ -75,6 +78,7 @@ class EvaluationSettings:
     prc_half: bool
     prdc_neighborhood: int
     ssim: str
+    quantise: str
     clip_model: str | None
     fvd_variant: str
     clips: ClipChoice | None
@@ -94,7 +98,12 @@ class EvaluationSettings:
             what = f"has unknown {', '.join(map(str, unknown))}" if unknown else "is empty"
             raise UserError(f"evaluation.metrics {what}; choose from {', '.join(ALL_METRICS)}")
         self._check_numbers()
-        choices = {"dialect": get_args(Dialect), "resize_mode": RESIZE_MODES, "ssim": tuple(SSIM_CONVENTIONS)}
+        choices = {
+            "dialect": get_args(Dialect),
+            "resize_mode": RESIZE_MODES,
+            "ssim": tuple(SSIM_CONVENTIONS),
+            "quantise": QUANTISE_RULES,
+        }
         for key, names in choices.items():
             if getattr(self, key) not in names:
                 raise UserError(f"evaluation.{key}={getattr(self, key)} is unknown; choose one of {', '.join(names)}")
