@@ -4,6 +4,7 @@ Our module names are the published ones. What we add, the window of codebook usa
 starts empty.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 
 from vgen.checkpoints.convert import StateDict, load_strict, read_weights, unwrap
-from vgen.errors import UserError
+from vgen.checkpoints.release import save_release
+from vgen.errors import UserError, reported
 from vgen.tokenizers.larp import LARP
 
 _OURS = ("bottleneck.regularizer.codebook_used", "running")
@@ -173,6 +175,27 @@ def load_larp_discriminator(discriminator: nn.Module, path: str | Path) -> None:
     load_strict(discriminator, to_ours(nested or state, discriminator), what=str(path))
 
 
+def import_larp_tokenizer(path: str | Path, out: str | Path, *, nominal_grid: Sequence[int] | None = None) -> Path:
+    """Write the release of a published tokenizer; arguments and errors as in :func:`load_larp_tokenizer`."""
+    tokenizer, arguments = load_larp_tokenizer(path, nominal_grid=nominal_grid)
+    return save_release(out, tokenizer, arguments, kind="tokenizer", extra={"source": Path(path).name})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vgen.checkpoints.larp",
+        description="Turn a published LARP tokenizer into a release folder for task.tokenizer and evaluate.py.",
+        epilog="example: python -m vgen.checkpoints.larp LARP-L-long-tokenizer releases/larp --grid 4 16 16",
+    )
+    parser.add_argument("source", type=Path, help="folder with weights and .json, or a trainer's checkpoint")
+    parser.add_argument("out", type=Path, help="release folder to write")
+    parser.add_argument("--grid", type=int, nargs=3, help="nominal (t, h, w) grid, 4 16 16 for NAR's generators")
+    chosen = parser.parse_args(arguments)
+    with reported():
+        print(f"release: {import_larp_tokenizer(chosen.source, chosen.out, nominal_grid=chosen.grid)}")
+
+
 def _read(path: Path) -> tuple[Path, Mapping[str, Any], Any]:
     """Weight file, constructor arguments and content."""
     if path.is_dir():
@@ -189,3 +212,7 @@ def _read(path: Path) -> tuple[Path, Mapping[str, Any], Any]:
     if not isinstance(model, Mapping) or not isinstance(model.get("args"), Mapping):
         raise UserError(f"{path} does not hold its constructor arguments; give the folder with its config.json")
     return path, model["args"], model
+
+
+if __name__ == "__main__":
+    main()
