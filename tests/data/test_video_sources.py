@@ -248,7 +248,7 @@ def test_numbered_classes_and_unknown_ones(tmp_path):
     lists = {"path": str(tmp_path / "v"), "train_list": "list.csv", "val_list": "list.csv"}
     source = build("kinetics600", **lists, **options(tmp_path))
     assert (source.num_classes, source.train.labels.tolist()) == (4, [0, 3])
-    with pytest.raises(UserError, match="label 3 of image 1 is outside 0..1"):
+    with pytest.raises(UserError, match=r"label 3 of image 1 is outside 0\.\.1"):
         build("kinetics600", **lists, class_names=["a", "b"], **options(tmp_path))
     (tmp_path / "v" / "list.csv").write_text("path,action\n0.mp4,run\n1.mp4,jump\n")
     with pytest.raises(UserError, match="name the class jump"):

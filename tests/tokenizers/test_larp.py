@@ -176,6 +176,15 @@ def test_hub_folder_and_trainer_file_load_without_the_prior(tmp_path):
     assert torch.equal(released.encode(pixels), tokenizer.encode(pixels))
 
 
+def test_patches_of_one_frame_are_published_in_two_dimensions(tmp_path):
+    changes = {"temporal_patch_size": 1, "decoder_temporal_patch_size": 1, "frame_num": 3}
+    folder, tokenizer, _, state = published(tmp_path, prior=False, **changes)
+    assert state["x_embedder.proj.weight"].dim() == 4
+    loaded, _ = load_larp_tokenizer(folder)
+    pixels = torch.rand(1, 3, 3, 16, 16) * 2 - 1
+    assert torch.equal(loaded.eval().encode(pixels), tokenizer.encode(pixels))
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     folder, _, config, _ = published(tmp_path)
     # The published prior is larger than the golden one.

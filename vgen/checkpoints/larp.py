@@ -20,6 +20,7 @@ from vgen.tokenizers.larp import LARP
 
 _OURS = ("bottleneck.regularizer.codebook_used", "running")
 _PRIOR = "prior_model."
+_PATCHES = "x_embedder.proj.weight"
 _FIXED = {
     "transformer_name": "transformer_encoder_parallel",
     "encoder_name": "none",
@@ -59,8 +60,8 @@ def tokenizer_arguments(
         if config.get(key, value) != value:
             raise UserError(f"LARP option {key}={config[key]} is not supported (published tokenizers use {value})")
     patch = (config["temporal_patch_size"], config["patch_size"])
-    if (config["decoder_temporal_patch_size"], config["decoder_patch_size"]) != patch or patch[0] < 2:
-        raise UserError("LARP with decoder patches unlike the encoder's, or patches of a single frame, does not work")
+    if (config["decoder_temporal_patch_size"], config["decoder_patch_size"]) != patch:
+        raise UserError("LARP with decoder patches unlike the encoder's does not work")
     bottleneck, regularizer = config["bottleneck"], config["bottleneck"]["args"]["regularizer"]
     if bottleneck["name"] != "bottleneck" or regularizer["name"] != "vq" or bottleneck["args"]["norm"] != "none":
         raise UserError("LARP bottlenecks other than a vector quantizer without norm are not supported")
@@ -116,14 +117,20 @@ def _prior_arguments(prior: Mapping[str, Any] | None, sizes: Mapping[str, int] |
 
 
 def to_ours(state: StateDict, module: nn.Module) -> StateDict:
-    """Add what only our modules hold, as it stands in ``module``."""
+    """Add what only our modules hold, empty; patches of a single frame are published as a 2D convolution."""
     own = module.state_dict()
+    patches = state.get(_PATCHES)
+    if patches is not None and patches.dim() == 4:
+        state = state | {_PATCHES: patches.unsqueeze(2)}
     return state | {name: torch.zeros_like(own[name]) for name in _OURS if name in own}
 
 
 def to_published(state: StateDict) -> StateDict:
-    """Leave out what only our modules hold."""
-    return {name: value for name, value in state.items() if name not in _OURS}
+    """Leave out what only our modules hold, and undo the rest of :func:`to_ours`."""
+    published = {name: value for name, value in state.items() if name not in _OURS}
+    if _PATCHES in published and published[_PATCHES].shape[2] == 1:
+        published[_PATCHES] = published[_PATCHES].squeeze(2)
+    return published
 
 
 def has_prior(state: StateDict) -> bool:
