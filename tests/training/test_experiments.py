@@ -66,6 +66,13 @@ def test_recipe_builds(recipe):
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[recipe]
 
 
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml")))
+def test_tokenizer_preset_builds(preset):
+    with torch.device("meta"):
+        network = make(resolve(composed(f"tokenizer={preset}"))["tokenizer"], "tokenizer")
+    assert isinstance(network, Tokenizer)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_opens_with_its_command(recipe):
     lines = (CONFIGS / "experiment" / f"{recipe}.yaml").read_text().splitlines()
