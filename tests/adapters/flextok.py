@@ -311,7 +311,7 @@ def run_embeddings(case: Case) -> list[Check]:
 
 def run_nested_dropout(case: Case) -> list[Check]:
     x = case.inputs["x"]
-    batch, most, dim = x.shape
+    most, dim = x.shape[1:]
     decoder = FlowDecoder(
         channels=1,
         dim=dim,
