@@ -153,10 +153,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], recipe: Mapping[str, Any],
         recipe: its ``config.json`` (diffusers), for what tensors do not tell: scaling_factor and norm_num_groups.
         image_size: side in pixels.
     """
-    levels = 1 + max(
-        (int(m[1]) for name in shapes if (m := re.match(r"encoder\.down_blocks\.(\d+)\.", name))), default=0
-    )
-    blocks = {m[1] for name in shapes if (m := re.match(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", name))}
+    levels, blocks = _depth(shapes, "encoder.down_blocks."), _depth(shapes, "encoder.down_blocks.0.resnets.")
     if "encoder.conv_out.weight" not in shapes or not blocks:
         raise UserError("the weights are not those of a diffusers AutoencoderKL: encoder.down_blocks are missing")
     scale = _find(recipe, "scaling_factor", None)
@@ -170,7 +167,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], recipe: Mapping[str, Any],
         "image_size": image_size,
         "latent_channels": shapes["encoder.conv_out.weight"][0] // 2,
         "block_channels": [shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)],
-        "layers_per_block": len(blocks),
+        "layers_per_block": blocks,
         "norm_groups": int(_find(recipe, "norm_num_groups", 32)),
         "scaling_factor": float(scale),
     }

@@ -146,8 +146,8 @@ class _Decoder(nn.Module):
 class AutoencoderKL(Autoencoder):
     """Pixels to a small continuous latent map and back.
 
-    Images of any height and width divisible by the stride are accepted; `image_size` is that of the usual images. Always
-    float32: autocast is switched off inside, except in :meth:`forward`, which is for training.
+    Images of any height and width divisible by the stride are accepted; `image_size` is that of the usual images.
+    Always float32: autocast is switched off inside, except in :meth:`forward`, which is for training.
 
     Args:
         image_size: side in pixels.

@@ -1,4 +1,4 @@
-"""FlexTok (arXiv 2502.13967): pictures as 1 to K ordered tokens, decoded by a rectified flow in a VAE's latent space."""
+"""FlexTok (arXiv 2502.13967): pictures as 1 to K ordered tokens, decoded by a rectified flow over VAE latents."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

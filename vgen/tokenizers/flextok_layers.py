@@ -147,7 +147,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: Tensor) -> Tensor:
         """Embedding [B, dim] of times [B]."""
-        return self.mlp(self.sinusoids(time).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.sinusoids(time).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class RegisterAttention(nn.Module):

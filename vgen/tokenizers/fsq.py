@@ -1,4 +1,4 @@
-"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid of codes instead of a learned codebook."""
+"""Finite scalar quantization (Mentzer et al., arXiv 2309.15505): a fixed grid of codes, no learned codebook."""
 
 import math
 from collections.abc import Sequence
