@@ -28,7 +28,10 @@ class Autoencoder(nn.Module, ABC):
 
     Attributes:
         image_size: side in pixels of the square images the network was configured for.
+        codebook_size: number of distinct ids, 0 where the code is continuous.
     """
+
+    codebook_size = 0
 
     def __init__(self, *, image_size: int):
         super().__init__()

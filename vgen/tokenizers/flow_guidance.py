@@ -1,6 +1,6 @@
 """Guidance of a rectified-flow decoder: classifier-free (Ho & Salimans, 2022) and adaptive projected (APG).
 
-Adaptive projected guidance (Sadat et al., arXiv 2410.02416) keeps the part of the guidance direction that is orthogonal to the
+APG (Sadat et al., arXiv 2410.02416) keeps the part of the guidance direction that is orthogonal to the
 conditional prediction, limits its length and damps it over the steps.
 """
 

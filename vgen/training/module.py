@@ -148,6 +148,21 @@ class TrainingModule(pl.LightningModule):
         key = keyed_uniform(self.seed, _DROPOUT_STREAM, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(key * 2**48))
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Under automatic optimization: clip by norm and record the norm before."""
+        self.record(grad_norm=self.clip_gradients_of(self.parameters()))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Under automatic optimization: step, then fold the new weights into the average before a callback saves."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
+
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, which are the ones that are released."""
         self._validation_ema.enter_context(self.averaged_weights())

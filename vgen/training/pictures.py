@@ -13,6 +13,7 @@ from vgen.pixels import save_grid, to_uint8
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.training.callbacks import Metrics, StepCallback
+from vgen.training.flextok_module import FlexTokModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
 from vgen.training.tokenizer_module import TokenizerModule
@@ -68,18 +69,17 @@ class Pictures(StepCallback):
         module.network.eval()
         try:
             with torch.no_grad(), module.averaged_weights():
-                if isinstance(module, TokenizerModule):
+                if isinstance(module, TokenizerModule | FlexTokModule):
                     return self._reconstruct(module)
                 assert isinstance(module, GeneratorModule)
                 return self._sample(module)
         finally:
             module.network.train(training)
 
-    def _reconstruct(self, module: TokenizerModule) -> tuple[Tensor, int]:
+    def _reconstruct(self, module: TokenizerModule | FlexTokModule) -> tuple[Tensor, int]:
         assert self.originals is not None
         originals = self.originals.to(module.device)
-        rebuilt = module.tokenizer.decode(module.tokenizer.encode(originals))
-        return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
+        return torch.cat([to_uint8(originals), to_uint8(module.reconstruct(originals))]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
         pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan)
