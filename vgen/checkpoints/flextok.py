@@ -173,7 +173,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]], recipe: Mapping[str, Any],
     }
 
 
-def load_vae(vae: AutoencoderKL, path: str | Path) -> None:
+def load_published_vae(vae: AutoencoderKL, path: str | Path) -> None:
     """Load ``diffusion_pytorch_model.safetensors`` of a diffusers AutoencoderKL, such as EPFL-VILAB/flextok_vae_c16.
 
     Raises:
