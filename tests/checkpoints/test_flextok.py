@@ -99,7 +99,7 @@ def test_loading_is_strict_both_ways(published, change):
     else:
         state[name] = torch.zeros(3)
     write(path, state)
-    with pytest.raises(UserError, match="mask_token|dec_extra"):
+    with pytest.raises(UserError, match=r"mask_token|dec_extra"):
         load_flextok(tiny(), path)
 
 

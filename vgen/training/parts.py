@@ -85,6 +85,8 @@ def build_tokenizer(config: Node) -> Parts:
 def build_flextok(config: Node) -> Parts:
     """Parts of ``task=flextok``: the VAE comes from its release, with the spread of its latents measured."""
     task, network = config["task"], {**config["tokenizer"]}
+    if "vae" not in network:
+        raise UserError("task=flextok trains a FlexTok; choose one with tokenizer=flextok_<size>")
     vae, stated = load_vae(task["vae"])
     network["vae"] = _same_vae(network["vae"], stated)
     source = _pictures(config, vae)
@@ -118,7 +120,10 @@ def measured_scale(vae: AutoencoderKL, dataset: ImageDataset, pixels: int = 2**2
     """
     count = min(max(1, pixels // vae.image_size**2), len(dataset))
     with torch.no_grad():
-        latents = [vae.encode(dataset[index]["pixels"][None]) / vae.scaling_factor for index in range(count)]
+        latents = [
+            vae.encode(torch.stack([dataset[int(index)]["pixels"] for index in part])) / vae.scaling_factor
+            for part in torch.arange(count).split(64)
+        ]
     # Rounded, so that a resumed run on another machine states the same number.
     return float(f"{1.0 / torch.cat(latents).std().item():.3g}")
 
