@@ -32,6 +32,15 @@ def test_the_gradient_is_that_of_the_bound():
     assert got.abs().min() > 0
 
 
+def test_unrounded_samples_keep_their_ids():
+    fsq, z = FSQ(levels=(8, 5)), torch.randn(4, 6, 2)
+    codes, ids = fsq(z)
+    mixed, same = fsq(z, torch.tensor([True, False, True, False]))
+    assert torch.equal(ids, same)
+    assert torch.equal(mixed[1::2], codes[1::2])
+    assert torch.allclose(mixed[::2], fsq.bound(z[::2]) / (fsq.count // 2))
+
+
 def test_it_stays_float32_under_autocast_and_has_no_state():
     fsq = FSQ(levels=(8, 8))
     z = torch.randn(50, 2)

@@ -15,7 +15,7 @@ from vgen.tokenizers.flow import TimeSampler, noised
 from vgen.tokenizers.nested_dropout import LENGTHS, kept_lengths
 from vgen.training.module import MakeOptimizer, TrainingModule
 
-_TIMES, _LENGTHS, _NULL, _NOISE, _POSTERIOR = range(311, 316)
+_TIMES, _LENGTHS, _NULL, _NOISE, _POSTERIOR, _UNROUNDED = range(311, 317)
 _VALIDATION = 2**31  # an epoch no training reaches, so that validation always draws the same
 
 
@@ -30,6 +30,7 @@ class FlexTokModule(TrainingModule):
         times: distribution of the flow's times.
         lengths: of nested dropout, see :func:`vgen.tokenizers.nested_dropout.kept_lengths`.
         null_probability: share of pictures trained without any token, for guidance.
+        unrounded_probability: share of pictures whose codes are bounded but not rounded in training.
         sample_posterior: train on samples of the VAE's posterior instead of its mean.
         repa: alignment loss, or None.
         compile_network: compile the blocks of both transformers.
@@ -49,6 +50,7 @@ class FlexTokModule(TrainingModule):
         times: TimeSampler,
         lengths: str,
         null_probability: float,
+        unrounded_probability: float,
         sample_posterior: bool,
         repa: REPALoss | None,
         compile_network: bool,
@@ -56,14 +58,19 @@ class FlexTokModule(TrainingModule):
     ) -> None:
         if lengths not in LENGTHS:
             raise UserError(f"task.lengths={lengths} is unknown; choose one of {', '.join(LENGTHS)}")
-        if not 0.0 <= null_probability < 1.0:
-            raise UserError(f"task.null_probability={null_probability} must lie in [0, 1)")
+        for name, share in (
+            ("null_probability", null_probability),
+            ("unrounded_probability", unrounded_probability),
+        ):
+            if not 0.0 <= share < 1.0:
+                raise UserError(f"task.{name}={share} must lie in [0, 1)")
         if repa is not None and not 0 <= repa.block < len(tokenizer.decoder.blocks):
             raise UserError(f"task.repa.block={repa.block} must be one of the {len(tokenizer.decoder.blocks)} blocks")
         super().__init__(network=tokenizer, **shared)
         self.repa = repa
         self.times, self.lengths = times, lengths
-        self.null_probability, self.sample_posterior = null_probability, sample_posterior
+        self.null_probability, self.unrounded_probability = null_probability, unrounded_probability
+        self.sample_posterior = sample_posterior
         self._make_optimizer = optimizer
         self._matrices = self.matrices()
         if compile_network:
@@ -80,7 +87,7 @@ class FlexTokModule(TrainingModule):
         return self.make_optimizer(self._make_optimizer, "", self._matrices)
 
     def objective(
-        self, batch: Mapping[str, Any], epoch: int, *, null_probability: float
+        self, batch: Mapping[str, Any], epoch: int, *, null_probability: float, unrounded_probability: float = 0.0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Flow loss, alignment loss (0 without) and ids of a batch."""
         tokenizer, pixels, index = self.tokenizer, batch["pixels"], batch["index"]
@@ -95,7 +102,8 @@ class FlexTokModule(TrainingModule):
         latents = tokenizer.latents(pixels)
         if self.sample_posterior:
             latents = tokenizer.latents(pixels, normal(_POSTERIOR, latents))
-        codes, ids = tokenizer.fsq(tokenizer.encoder(latents))
+        unrounded = keyed_uniform(*keys(_UNROUNDED)) < unrounded_probability
+        codes, ids = tokenizer.fsq(tokenizer.encoder(latents), unrounded)
         draw = keyed_normal if self.times.kind == "logit_normal" else keyed_uniform
         time = self.times.times(draw(*keys(_TIMES))).float()
         keep = kept_lengths(keyed_uniform(*keys(_LENGTHS)), tokenizer.num_tokens, self.lengths)
@@ -110,7 +118,12 @@ class FlexTokModule(TrainingModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean squared error of the velocity, plus the weighted alignment loss."""
-        flow, aligned, ids = self.objective(batch, self.current_epoch, null_probability=self.null_probability)
+        flow, aligned, ids = self.objective(
+            batch,
+            self.current_epoch,
+            null_probability=self.null_probability,
+            unrounded_probability=self.unrounded_probability,
+        )
         total = flow
         if self.repa is not None:
             total = flow + self.repa.weight * aligned

@@ -102,6 +102,7 @@ def build_flextok(config: Node) -> Parts:
         times=make(task["times"], "task.times"),
         lengths=task["lengths"],
         null_probability=task["null_probability"],
+        unrounded_probability=task["unrounded_probability"],
         sample_posterior=task["sample_posterior"],
         repa=repa,
         compile_network=task["compile"],
