@@ -133,11 +133,13 @@ def test_the_measured_scale_makes_latents_of_unit_spread(vae_release):
 
 
 def test_only_the_transformers_are_trained(vae_release):
-    module = parts_of(vae_release).module
+    module = parts_of(vae_release, "task.encoder_lr_scale=0.5").module
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     assert trained
     assert not any(".vae." in name for name in trained)
     optimizer = module.configure_optimizers()
+    slow = [group for group in optimizer.param_groups if group.get("lr_scale") == 0.5]
+    assert sum(len(group["params"]) for group in slow) == len(list(module.tokenizer.encoder.parameters()))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
 
 

@@ -27,6 +27,8 @@ class FlexTokModule(TrainingModule):
     Args:
         tokenizer: network to train; its VAE stays as it is.
         optimizer: function of (named parameters, names of matrices).
+        encoder_lr_scale: factor on the learning rate of the encoder. At first the decoder does not listen to the
+            registers, and an encoder that moves fast meanwhile gives all pictures the same tokens.
         times: distribution of the flow's times.
         lengths: of nested dropout, see :func:`vgen.tokenizers.nested_dropout.kept_lengths`.
         null_probability: share of pictures trained without any token, for guidance.
@@ -47,6 +49,7 @@ class FlexTokModule(TrainingModule):
         *,
         tokenizer: FlexTok,
         optimizer: MakeOptimizer,
+        encoder_lr_scale: float,
         times: TimeSampler,
         lengths: str,
         null_probability: float,
@@ -58,6 +61,8 @@ class FlexTokModule(TrainingModule):
     ) -> None:
         if lengths not in LENGTHS:
             raise UserError(f"task.lengths={lengths} is unknown; choose one of {', '.join(LENGTHS)}")
+        if not encoder_lr_scale > 0:
+            raise UserError(f"task.encoder_lr_scale={encoder_lr_scale} must be positive")
         for name, share in (
             ("null_probability", null_probability),
             ("unrounded_probability", unrounded_probability),
@@ -71,7 +76,7 @@ class FlexTokModule(TrainingModule):
         self.times, self.lengths = times, lengths
         self.null_probability, self.unrounded_probability = null_probability, unrounded_probability
         self.sample_posterior = sample_posterior
-        self._make_optimizer = optimizer
+        self._make_optimizer, self._encoder_lr_scale = optimizer, encoder_lr_scale
         self._matrices = self.matrices()
         if compile_network:
             tokenizer.compile_parts()
@@ -84,7 +89,13 @@ class FlexTokModule(TrainingModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer over encoder, decoder and, where there is one, the projector of the alignment loss."""
-        return self.make_optimizer(self._make_optimizer, "", self._matrices)
+        optimizer = self.make_optimizer(self._make_optimizer, "", self._matrices)
+        encoder = {id(parameter) for parameter in self.tokenizer.encoder.parameters()}
+        for group in list(optimizer.param_groups):
+            slow = [parameter for parameter in group["params"] if id(parameter) in encoder]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in encoder]
+            optimizer.add_param_group({**group, "params": slow, "lr_scale": self._encoder_lr_scale})
+        return optimizer
 
     def objective(
         self, batch: Mapping[str, Any], epoch: int, *, null_probability: float, unrounded_probability: float = 0.0

@@ -119,11 +119,11 @@ class TrainingModule(pl.LightningModule):
         return {name for name, p in self.named_parameters() if p.ndim >= 2}
 
     def set_learning_rates(self) -> None:
-        """Set every learning rate for the optimizer step about to be made."""
+        """Set every learning rate for the step about to be made; a group may scale its own with ``lr_scale``."""
         factor = self.lr_schedule.factor(self.trainer.global_step)
         for optimizer, base in zip(self.trainer.optimizers, self._base_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"] = base * factor * group.get("lr_scale", 1.0)
 
     def clip_gradients_of(self, parameters: Iterator[nn.Parameter]) -> Tensor:
         """Scale gradients so that their joint norm is at most ``clip``; returns the norm before."""

@@ -99,6 +99,7 @@ def build_flextok(config: Node) -> Parts:
     module = FlexTokModule(
         tokenizer=tokenizer,
         optimizer=make(task["optimizer"], "task.optimizer"),
+        encoder_lr_scale=task["encoder_lr_scale"],
         times=make(task["times"], "task.times"),
         lengths=task["lengths"],
         null_probability=task["null_probability"],
