@@ -121,6 +121,17 @@ def test_without_indices_decoding_is_a_function_of_the_ids(tokenizer, pixels):
     assert len(_content_key(many).unique()) == len(many)
 
 
+def test_it_runs_in_bfloat16_with_a_float32_vae(tokenizer, pixels):
+    want = tokenizer.decode(tokenizer.encode(pixels)[:, :3])
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = tokenizer.encode(pixels)
+        got = tokenizer.decode(ids[:, :3])
+    assert got.dtype == torch.float32
+    assert (ids == tokenizer.encode(pixels)).float().mean() > 0.7
+    assert got.shape == want.shape
+    assert got.isfinite().all()
+
+
 def test_noise_is_standard_normal(tokenizer):
     noise = tokenizer.noise(torch.arange(500), 3)
     assert noise.shape == (500, 3, 4, 4)

@@ -20,7 +20,7 @@ def layer_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
-def visibility_mask(kind: Visibility, patches: int, registers: int) -> Tensor:
+def visibility_mask(kind: Visibility, patches: int, registers: int, *, device: torch.device | str = "cpu") -> Tensor:
     """Which slots of the sequence (patches, then registers) see which.
 
     Args:
@@ -28,14 +28,16 @@ def visibility_mask(kind: Visibility, patches: int, registers: int) -> Tensor:
             patches and registers 0..i, so that its token does not depend on how many follow.
         patches: number P.
         registers: number K.
+        device: where to make it.
 
     Returns:
         bool [P + K, P + K], True = row sees column.
     """
     total = patches + registers
+    mask = torch.ones(total, total, dtype=torch.bool, device=device)
     if kind == "full":
-        return torch.ones(total, total, dtype=torch.bool)
-    mask = torch.ones(total, total, dtype=torch.bool).tril()
+        return mask
+    mask = mask.tril()
     if kind == "causal_last":
         mask[:, :patches] = True
     return mask

@@ -143,7 +143,7 @@ class RegisterEncoder(_Trunk):
         x = torch.cat([patches, self.registers.to(patches.dtype).expand(len(patches), -1, -1)], dim=1)
         mask = None
         if self.visibility != "full":
-            mask = visibility_mask(self.visibility, patches.shape[1], len(self.registers)).to(x.device)
+            mask = visibility_mask(self.visibility, patches.shape[1], len(self.registers), device=x.device)
         for index in range(len(self.blocks)):
             x = self.run(index, x, mask)
         return x
