@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vgen.evaluation.pixel_metrics import psnr
 from vgen.losses.vq import VQLoss
 from vgen.pixels import frames_of, to_uint8
-from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.base import Autoencoder
 from vgen.training.module import MakeOptimizer, TrainingModule
 
 
@@ -20,31 +20,32 @@ class TokenizerModule(TrainingModule):
     reuses the reconstruction computed before the tokenizer's update (LlamaGen). Only the tokenizer's steps count.
 
     Args:
-        tokenizer: network to train.
+        tokenizer: network to train; a continuous autoencoder has no code use to report.
         discriminator: network that tells reconstructions from originals, or None.
         loss: the objectives.
         optimizer: function of (named parameters, names of matrices).
         discriminator_optimizer: the same for the discriminator.
         accumulate: batches per optimizer step.
         compile_network: compile the tokenizer's training pass.
+        kind: of the release, ``tokenizer`` or ``vae``.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
     """
-
-    task = "tokenizer"
 
     def __init__(
         self,
         *,
-        tokenizer: Tokenizer,
+        tokenizer: Autoencoder,
         discriminator: nn.Module | None,
         loss: VQLoss,
         optimizer: MakeOptimizer,
         discriminator_optimizer: MakeOptimizer | None,
         accumulate: int,
         compile_network: bool,
+        kind: str = "tokenizer",
         **shared: Any,
     ) -> None:
         super().__init__(network=tokenizer, **shared)
+        self.task = kind
         self.automatic_optimization = False
         self.discriminator = discriminator
         self.loss = loss
@@ -58,9 +59,9 @@ class TokenizerModule(TrainingModule):
         self._validation_codes = torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Autoencoder:
         """The network, as a tokenizer."""
-        assert isinstance(self.network, Tokenizer)
+        assert isinstance(self.network, Autoencoder)
         return self.network
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -112,6 +113,10 @@ class TokenizerModule(TrainingModule):
         self._validation_codes = self._validation_codes.to(self.device)
         self._count_codes(self._validation_codes, output.ids)
 
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Reconstructions [B, 3, H, W] for the picture grid."""
+        return self.tokenizer.decode(self.tokenizer.encode(pixels))
+
     def on_validation_epoch_end(self) -> None:
         """Add code use over the whole validation set."""
         for name, value in self._code_use(self._validation_codes).items():
@@ -154,6 +159,8 @@ class TokenizerModule(TrainingModule):
 
     def _code_use(self, counts: Tensor) -> dict[str, float]:
         """Share of codes used and perplexity (effective number of codes) over all processes."""
+        if not self.tokenizer.codebook_size:
+            return {}
         counts = self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
         share = counts / counts.sum().clamp(min=1)
         perplexity = torch.special.entr(share).sum().exp()
