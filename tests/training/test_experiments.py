@@ -66,7 +66,11 @@ def test_recipe_builds(recipe):
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[recipe]
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml")))
+# A preset with an open entry is the base of others.
+PRESETS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml") if "???" not in path.read_text())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_tokenizer_preset_builds(preset):
     with torch.device("meta"):
         network = make(resolve(composed(f"tokenizer={preset}"))["tokenizer"], "tokenizer")
