@@ -61,6 +61,10 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids int64 [B, N] to float32 pixels [B, 3, H, W], not clamped."""
 
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Encode and decode pixels in [-1, 1] [B, 3, H, W]; float32 of the same shape, not clamped."""
+        return self.decode(self.encode(pixels))
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode, quantize with a gradient path, and decode."""
