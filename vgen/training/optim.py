@@ -13,7 +13,10 @@ _SHAPES = ("constant", "cosine", "linear", "multistep")
 
 
 def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, matrices: Collection[str]
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    matrices: Collection[str],
+    no_decay: Sequence[str] = (),
 ) -> list[dict]:
     """Parameter groups with decay on matrices only.
 
@@ -22,14 +25,16 @@ def decay_groups(
         weight_decay: decay of the first group.
         matrices: names of the tensors with two or more dimensions (embeddings and convolutions included). They are
             given by name because sharded training flattens parameters before optimizers are built.
+        no_decay: parts of names; matrices with such a name do not decay either.
 
     Returns:
         One group with and one without decay, without empty groups.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    decaying = {name for name, _ in named if name in matrices and not any(part in name for part in no_decay)}
     groups = [
-        {"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -41,10 +46,11 @@ def adamw(
     lr: float,
     betas: Sequence[float],
     weight_decay: float,
+    no_decay: Sequence[str] = (),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW with decoupled decay on matrices only; one fused kernel on CUDA."""
-    groups = decay_groups(named_parameters, weight_decay, matrices)
+    """AdamW with decoupled decay on matrices only, see :func:`decay_groups`; one fused kernel on CUDA."""
+    groups = decay_groups(named_parameters, weight_decay, matrices, no_decay)
     fused = groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
@@ -67,7 +73,8 @@ def adam(
 class LrSchedule:
     """Learning rate as a fraction of its base value, a pure function of the optimizer step.
 
-    The factor rises linearly over ``warmup`` steps (step 0 gets 1 / warmup), then follows ``shape``:
+    The factor rises linearly over ``warmup`` steps (step 0 gets 1 / warmup, or 0 with ``from_zero``), then follows
+    ``shape``:
     ``constant`` stays at 1; ``cosine`` and ``linear`` fall to ``end`` at step ``total``; ``multistep`` is multiplied by
     ``gamma`` at every milestone.
 
@@ -78,6 +85,7 @@ class LrSchedule:
         end: last factor of cosine and linear, in [0, 1].
         milestones: steps, increasing; only for multistep.
         gamma: factor per milestone; only for multistep.
+        from_zero: start the rise at 0 (TiTok), where the first step changes nothing.
     """
 
     shape: str
@@ -86,6 +94,7 @@ class LrSchedule:
     end: float = 0.0
     milestones: Sequence[int] = ()
     gamma: float = 0.1
+    from_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES:
@@ -102,7 +111,7 @@ class LrSchedule:
     def factor(self, step: int) -> float:
         """Factor of optimizer step ``step``, counted from 0."""
         if step < self.warmup:
-            return (step + 1) / self.warmup
+            return (step if self.from_zero else step + 1) / self.warmup
         if self.shape == "multistep":
             return self.gamma ** sum(step >= milestone for milestone in self.milestones)
         if self.shape == "constant":

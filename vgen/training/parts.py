@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vgen.checkpoints.release import load_tokenizer, make_plan_for, read_config
+from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
 from vgen.data.source import CodeSource, DataSource
@@ -15,9 +16,18 @@ from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
 from vgen.schedules.plan import Grid, Plan
 from vgen.tokenizers.base import Tokenizer
+from vgen.training.codebook_module import CodebookModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
+from vgen.training.proxy_module import ProxyModule
 from vgen.training.settings import Node, make
+from vgen.training.titok_parts import (
+    complete_from_release,
+    complete_with_teacher,
+    load_start,
+    load_teacher,
+    load_text_features,
+)
 from vgen.training.tokenizer_module import TokenizerModule
 
 Source = DataSource | CodeSource
@@ -52,26 +62,57 @@ def build_parts(config: Node) -> Parts:
 
 
 def build_tokenizer(config: Node) -> Parts:
-    """Parts of ``task=tokenizer``."""
-    task = config["task"]
-    tokenizer = make(config["tokenizer"], "tokenizer")
+    """Parts of ``task=tokenizer`` and, where a teacher is named, of ``task=titok_stage1``."""
+    if "teacher" in config["task"]:
+        return build_first_stage(config)
+    task, network = config["task"], config["tokenizer"]
+    if task["init_from"] is not None:
+        network = complete_from_release(network, task["init_from"])
+    source = make(config["data"], "data")
+    _check_pictures(source)
+    tokenizer = make(network, "tokenizer")
+    _check_image_size(source, tokenizer)
+    if task["init_from"] is not None:
+        load_start(tokenizer, task["init_from"])
     loss = make(task["loss"], "task.loss")
     discriminator = make(task["discriminator"], "task.discriminator") if loss.needs_discriminator else None
+    discriminator_lr = task["discriminator_lr_schedule"]
     module = TokenizerModule(
         tokenizer=tokenizer,
         discriminator=discriminator,
         loss=loss,
         optimizer=make(task["optimizer"], "task.optimizer"),
         discriminator_optimizer=make(task["discriminator_optimizer"], "task.discriminator_optimizer"),
+        discriminator_lr_schedule=discriminator_lr and make(discriminator_lr, "task.discriminator_lr_schedule"),
+        text_features=load_text_features(task["text_features"], tokenizer, source.num_classes),
+        accumulate=task["accumulate"],
+        compile_network=task["compile"],
+        train_only=task["train_only"],
+        **_shared(config),
+    )
+    return Parts(module, source, network, _extra(config, source), None)
+
+
+def build_first_stage(config: Node) -> Parts:
+    """Parts of ``task=titok_stage1``."""
+    task = config["task"]
+    teacher = load_teacher(task["teacher"])
+    network = complete_with_teacher(config["tokenizer"], teacher)
+    source = make(config["data"], "data")
+    _check_pictures(source)
+    tokenizer = make(network, "tokenizer")
+    _check_image_size(source, tokenizer)
+    add_pixel_decoder(tokenizer, teacher)
+    module = ProxyModule(
+        tokenizer=tokenizer,
+        teacher=teacher,
+        quantizer_weight=task["quantizer_weight"],
+        optimizer=make(task["optimizer"], "task.optimizer"),
         accumulate=task["accumulate"],
         compile_network=task["compile"],
         **_shared(config),
     )
-    source = make(config["data"], "data")
-    if isinstance(source, CodeSource):
-        raise UserError("data=codes holds token ids; a tokenizer is trained on pictures")
-    _check_image_size(source, tokenizer)
-    return Parts(module, source, config["tokenizer"], _extra(config, source), None)
+    return Parts(module, source, network, _extra(config, source), None)
 
 
 def build_generator(config: Node) -> Parts:
@@ -145,7 +186,7 @@ def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
 def training_data(config: Node, parts: Parts, device: torch.device) -> Source:
     """The data a run reads batches from: the user's, or codes cached from it (encoded now if need be)."""
     task, module = config["task"], parts.module
-    if isinstance(module, TokenizerModule) or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
+    if isinstance(module, CodebookModule) or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
         return parts.source
     assert isinstance(module, GeneratorModule)
     source, augmentation = parts.source, task["cache_augmentation"]
@@ -184,6 +225,11 @@ def _extra(config: Node, source: Source) -> Node:
     training = {name: config[name] for name in ("data", "task", "seed")}
     training["max_steps"] = config["trainer"]["max_steps"]
     return {"data": data, "training": training}
+
+
+def _check_pictures(source: Source) -> None:
+    if isinstance(source, CodeSource):
+        raise UserError("data=codes holds token ids; a tokenizer is trained on pictures")
 
 
 def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:

@@ -13,9 +13,9 @@ from vgen.pixels import save_grid, to_uint8
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.training.callbacks import Metrics, StepCallback
+from vgen.training.codebook_module import CodebookModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
-from vgen.training.tokenizer_module import TokenizerModule
 
 _READABLE = 512  # pixels; smaller grids are magnified
 _MOST_CLASSES = 10
@@ -68,17 +68,17 @@ class Pictures(StepCallback):
         module.network.eval()
         try:
             with torch.no_grad(), module.averaged_weights():
-                if isinstance(module, TokenizerModule):
+                if isinstance(module, CodebookModule):
                     return self._reconstruct(module)
                 assert isinstance(module, GeneratorModule)
                 return self._sample(module)
         finally:
             module.network.train(training)
 
-    def _reconstruct(self, module: TokenizerModule) -> tuple[Tensor, int]:
+    def _reconstruct(self, module: CodebookModule) -> tuple[Tensor, int]:
         assert self.originals is not None
         originals = self.originals.to(module.device)
-        rebuilt = module.tokenizer.decode(module.tokenizer.encode(originals))
+        rebuilt = module.tokenizer.reconstruct(originals)
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
