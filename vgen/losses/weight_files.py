@@ -53,7 +53,7 @@ def read_weight_file(path: Path, loss: str) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError) as error:
         raise UserError(f"perceptual={loss}: {path} is truncated or not a weight file; copy it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"perceptual={loss}: {path} holds no state dict")

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from pytorch_lightning.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 
-from vgen.errors import UserError
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
+from vgen.training.optim import freeze_others
 
 
 class CodebookModule(TrainingModule):
@@ -40,7 +40,7 @@ class CodebookModule(TrainingModule):
         **shared: Any,
     ) -> None:
         if train_only is not None:
-            _freeze_others(tokenizer, tuple(train_only))
+            freeze_others(tokenizer, tuple(train_only))
         super().__init__(network=tokenizer, **shared)
         self.automatic_optimization = False
         self.accumulate = accumulate
@@ -108,13 +108,3 @@ class CodebookModule(TrainingModule):
         share = counts / counts.sum().clamp(min=1)
         perplexity = torch.special.entr(share).sum().exp()
         return {"codebook_usage": (counts > 0).double().mean().item(), "perplexity": perplexity.item()}
-
-
-def _freeze_others(network: nn.Module, prefixes: tuple[str, ...]) -> None:
-    names = [name for name, _ in network.named_parameters()]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
-            raise UserError(f"task.train_only: no parameter begins with {prefix}; the network's parts are {parts}")
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name.startswith(prefixes))

@@ -1,4 +1,4 @@
-"""Optimizers with sensible decay groups and learning-rate curves counted in optimizer steps."""
+"""Optimizers with sensible decay groups, frozen parts and learning-rate curves counted in optimizer steps."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -10,6 +10,21 @@ from torch import nn
 from vgen.errors import UserError
 
 _SHAPES = ("constant", "cosine", "linear", "multistep")
+
+
+def freeze_others(network: nn.Module, prefixes: Sequence[str]) -> None:
+    """Train only the parameters whose names begin with one of the prefixes.
+
+    Raises:
+        UserError: if a prefix is no beginning of any name.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise UserError(f"task.train_only: no parameter begins with {prefix}; the network's parts are {parts}")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(prefixes)))
 
 
 def decay_groups(
