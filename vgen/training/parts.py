@@ -123,6 +123,8 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} does not exist; train a tokenizer first and give its release folder")
     read_config(release, "tokenizer")
     tokenizer = load_tokenizer(release)
+    if not tokenizer.codebook_size:
+        raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
     network = complete_generator(
