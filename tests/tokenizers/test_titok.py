@@ -1,3 +1,6 @@
+import os
+import socket
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -201,6 +204,36 @@ def test_clustering_keeps_the_graph_of_the_pass():
     F.mse_loss(F.normalize(plain, dim=-1)[quantized.ids.flatten()], rows).backward()
     assert torch.allclose(quantizer.embedding.weight.grad, plain.grad, atol=1e-6)
     assert not torch.equal(quantizer.embedding.weight, start)
+
+
+def _clustering(rank, port, features, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.save(_moved(features[2 * rank : 2 * rank + 2]), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _moved(features):
+    torch.manual_seed(0)
+    quantizer = ClusteringQuantizer(codebook_size=16, codebook_dim=3, l2_normalize=False, usage_window=8).train()
+    for _ in range(2):
+        quantizer(features)
+    return {name: value.detach() for name, value in quantizer.state_dict().items() if name != "codebook_used"}
+
+
+@pytest.mark.slow
+def test_two_processes_move_the_codes_as_one_does(tmp_path):
+    features = torch.randn(4, 3, 1, 8)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_clustering, (port, features, str(tmp_path)), nprocs=2)
+    expected = _moved(features)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value, atol=1e-6), (rank, name)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.evaluation.helpers import compose_config
 from tests.training.helpers import COMMON, GENERATOR, column, load, run
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.errors import UserError
+from vgen.evaluation.job import evaluate
 from vgen.sampling.settings import Sampling
 
 VIT = "{width: 16, layers: 1, heads: 2}"
@@ -104,6 +106,10 @@ def test_continuous_latents_train_and_show_pictures(tmp_path):
     result = run(tmp_path / "run", *SINGLE, *settings, "trainer.max_steps=2", "pictures=2")
     assert {"train/kl", "val/psnr"} <= header(result)
     assert "train/codebook_usage" not in header(result)
+    wanted = ["device=cpu", "data=digits", "data.image_size=8", "evaluation.metrics=[psnr,codebook]"]
+    report = evaluate(compose_config(f"checkpoint={result.release}", *wanted))
+    assert set(report["metrics"]) == {"psnr"}
+    assert "continuous" in report["skipped"]["codebook"]
     with pytest.raises(UserError, match="no token ids"):
         run(tmp_path / "gen", *GENERATOR, f"task.tokenizer={result.release}", "trainer.max_steps=1")
 

@@ -49,6 +49,9 @@ class ReconstructionJob:
         others = [m for m in self.settings.metrics if m not in RECONSTRUCTION_METRICS]
         self.skipped = dict.fromkeys(others, "needs job=samples")
         self.active = [m for m in self.settings.metrics if m in RECONSTRUCTION_METRICS]
+        if "codebook" in self.active and not self.tokenizer.codebook_size:
+            self.active.remove("codebook")
+            self.skipped["codebook"] = "the latents are continuous"
         if not self.active:
             raise UserError(
                 f"evaluation.metrics: none applies to a tokenizer; choose from {', '.join(RECONSTRUCTION_METRICS)}"
@@ -106,10 +109,15 @@ class ReconstructionJob:
 
     def _reconstruct(self, batch: PictureBatch, codes: Tensor, state: Tensor) -> Tensor:
         """Encode and decode a batch, adding to the code counts and to the sums in ``state``."""
+        pixels = from_uint8(batch.pictures.to(self.device))
         with torch.inference_mode():
-            ids = self.tokenizer.encode(from_uint8(batch.pictures.to(self.device)))
-            made = to_uint8(self.tokenizer.decode(ids)).cpu()
-        codes += torch.bincount(ids.flatten(), minlength=len(codes))
+            if len(codes):
+                ids = self.tokenizer.encode(pixels)
+                codes += torch.bincount(ids.flatten(), minlength=len(codes))
+                made = to_uint8(self.tokenizer.decode(ids)).cpu()
+            else:
+                # Continuous latents have no ids to count.
+                made = to_uint8(self.tokenizer.reconstruct(pixels)).cpu()
         quality = psnr(made, batch.pictures)
         likeness = ssim(made, batch.pictures).sum() if "ssim" in self.active else torch.zeros(())
         state += torch.stack(

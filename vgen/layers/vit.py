@@ -91,14 +91,18 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, *, gradient_checkpointing
     return x
 
 
-def init_vit(module: nn.Module) -> None:
+def init_vit(module: nn.Module, *, std: float = 0.02) -> None:
     """Initialise a linear, convolutional, embedding or normalisation layer as ViTs are; to be used with `apply`.
 
-    Weights are normal with deviation 0.02, truncated at 2; biases are zero. The fused attention projection is a bare
-    parameter and keeps its own initialisation.
+    Weights are normal, truncated at 2; biases are zero. The fused attention projection is a bare parameter and keeps
+    its own initialisation.
+
+    Args:
+        module: any module.
+        std: deviation of the weights.
     """
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
         bias = getattr(module, "bias", None)
         if isinstance(bias, Tensor):
             nn.init.zeros_(bias)

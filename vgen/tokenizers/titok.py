@@ -6,6 +6,7 @@ and to [-1, 1] happens here.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -78,6 +79,8 @@ class TiTok(Tokenizer):
             (second stage and published weights), or ``hard``, the most probable code (first stage).
         text_length: text tokens that the decoder sees, 0 for none (TA-TiTok: 77).
         text_dim: width of their features (CLIP ViT-L/14: 768).
+        init_std: deviation of the initial weights, 0.02 as published; narrow networks leave the state in which all
+            images get the same latents sooner with about 0.02 * sqrt(1024 / width).
         usage_window: tokens over which codebook usage is counted.
         gradient_checkpointing: recompute blocks in the backward pass instead of storing their activations.
 
@@ -107,6 +110,7 @@ class TiTok(Tokenizer):
         proxy_mix: ProxyMix = "soft",
         text_length: int = 0,
         text_dim: int = 768,
+        init_std: float = 0.02,
         usage_window: int = 65536,
         gradient_checkpointing: bool = False,
     ):
@@ -116,6 +120,8 @@ class TiTok(Tokenizer):
         _check_patches(image_size, patch_size, painted)
         if min(num_latent_tokens, token_size) < 1 or text_length < 0:
             raise UserError("tokenizer.num_latent_tokens and token_size must be at least 1, text_length at least 0")
+        if init_std <= 0:
+            raise UserError(f"tokenizer.init_std={init_std} must be positive (0.02 as published)")
         if not gaussian and codebook_size < 1:
             raise UserError(f"tokenizer.codebook_size={codebook_size} must be at least 1 with bottleneck={bottleneck}")
         if gaussian and codebook_size:
@@ -135,7 +141,8 @@ class TiTok(Tokenizer):
             gradient_checkpointing=gradient_checkpointing,
             **_sizes("encoder", encoder),
         )
-        self.encoder.apply(init_vit)
+        init = partial(init_vit, std=init_std)
+        self.encoder.apply(init)
         self.latent_tokens = nn.Parameter(encoder["width"] ** -0.5 * torch.randn(num_latent_tokens, encoder["width"]))
         self.decoder = LatentDecoder(
             grid_side=image_size // painted,
@@ -150,7 +157,7 @@ class TiTok(Tokenizer):
         )
         if not text_length:
             # TA-TiTok makes its decoder after the initialisation, so it starts from torch's defaults.
-            self.decoder.apply(init_vit)
+            self.decoder.apply(init)
         self.quantize: VectorQuantizer | GaussianBottleneck
         if gaussian:
             self.quantize = GaussianBottleneck(kl_weight=kl_weight)
