@@ -206,6 +206,20 @@ def test_clustering_keeps_the_graph_of_the_pass():
     assert not torch.equal(quantizer.embedding.weight, start)
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_gradients_and_names():
+    pixels, results = pictures(), []
+    for compiled in (False, True):
+        model = tiny().train()
+        if compiled:
+            model.compile_parts()
+        output = model(pixels)
+        (F.mse_loss(output.reconstruction, pixels) + sum(output.losses.values())).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+
+
 def _clustering(rank, port, features, folder):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
