@@ -78,7 +78,7 @@ def test_only_the_named_parts_are_trained():
     network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     freeze_others(network, ["1."])
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["1.weight", "1.bias"]
-    with pytest.raises(UserError, match="2.*the network's parts are 0, 1"):
+    with pytest.raises(UserError, match=r"2\..*the network's parts are 0, 1"):
         freeze_others(network, ["2."])
 
 

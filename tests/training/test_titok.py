@@ -76,6 +76,13 @@ def test_the_first_stage_learns_the_teachers_codes(first_stage, tokenizer_releas
 
 def test_the_second_stage_tunes_the_decoder_only(first_stage, tmp_path):
     settings = [*STAGE2, *ADVERSARIAL, f"task.init_from={first_stage.release}", "trainer.max_steps=5"]
+    run(
+        tmp_path / "from_zero",
+        *settings[:-1],
+        "task.loss.adversarial_start=0",
+        "trainer.max_steps=1",
+        "every.validate=1",
+    )
     result = run(tmp_path / "run", *settings)
     before, after = (load_file(r.release / "model.safetensors") for r in (first_stage, result))
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}

@@ -100,7 +100,8 @@ class TokenizerModule(CodebookModule):
         """Reconstruction, perceptual distance, PSNR of the 8-bit pictures and code use on held-out images."""
         pixels = batch["pixels"]
         output = self.network(pixels, *self._text(batch))
-        _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=0)
+        # A step before any: held-out images are not judged by the discriminator, even where it takes part from 0 on.
+        _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=-1)
         quality = psnr(to_uint8(output.reconstruction), to_uint8(pixels)).mean()
         self.sum_validation(len(pixels), loss=logs.pop("total"), psnr=quality, **logs)
         self.count_codes(output.ids)
