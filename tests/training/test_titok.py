@@ -98,6 +98,19 @@ def test_the_second_stage_tunes_the_decoder_only(first_stage, tmp_path):
     assert len(column(again, "train/lecam")) == 4
 
 
+def test_a_maskgit_vqgan_trained_here_may_teach(tmp_path):
+    sizes = {"image_size": 8, "base_channels": 8, "multipliers": "[1,1,1]", "num_res_blocks": 1, "z_channels": 8}
+    sizes |= {"codebook_size": 32, "norm_groups": 4, "usage_window": 64}
+    settings = [f"tokenizer.{name}={value}" for name, value in sizes.items()]
+    steps = ["trainer.max_steps=2", "task.batch_size=8", "data.image_size=8"]
+    teacher = run(tmp_path / "teacher", *COMMON, "task=tokenizer", "tokenizer=maskgit_vqgan", *settings, *steps)
+    result = run(tmp_path / "run", *STAGE1, f"task.teacher={teacher.release}", "trainer.max_steps=2")
+    pictures = load_tokenizer(result.release).reconstruct(torch.zeros(1, 3, 8, 8))
+    codes = load_tokenizer(teacher.release).codebook
+    assert pictures.shape == (1, 3, 8, 8)
+    assert torch.equal(load_tokenizer(result.release).pixel_quantize.embedding.weight, codes)
+
+
 def test_the_discriminator_follows_its_own_schedule(tmp_path):
     rates = ["task.discriminator_lr_schedule.warmup=4", "task.discriminator_lr_schedule.shape=constant"]
     result = run(tmp_path / "run", *SINGLE, *ADVERSARIAL, *rates, "trainer.max_steps=4")
