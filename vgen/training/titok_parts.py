@@ -13,6 +13,8 @@ from vgen.tokenizers.proxy import ProxyTokenizer
 from vgen.training.settings import Node
 
 _FROM_TEACHER = ("proxy_codebook_size", "pixel_decoder")
+# Options that change what weights mean without changing their shapes.
+_UNSEEN = ("_target_", "l2_normalize", "latent_layout", "encoder", "decoder")
 
 
 def load_teacher(folder: str) -> ProxyTokenizer:
@@ -67,11 +69,18 @@ def complete_from_release(network: Node, folder: str) -> Node:
     """Fill in what a two-stage TiTok took from its teacher in the release it starts from.
 
     Raises:
-        UserError: if there is no such release, or the configuration states another value.
+        UserError: if there is no such release, or the configuration states another value there or in an option that the
+            weights do not show.
     """
     if not Path(folder).is_dir():
         raise UserError(f"task.init_from={folder} does not exist; give the release folder of a tokenizer")
     stored = read_config(folder, "tokenizer")["network"]
+    for key in _UNSEEN:
+        if key in stored and network.get(key) != stored[key]:
+            raise UserError(
+                f"tokenizer.{key}={network.get(key)} differs from {stored[key]}, with which task.init_from={folder} "
+                "was trained; make it equal"
+            )
     if network.get("head") != "proxy":
         return network
     return _filled(network, {key: stored.get(key) for key in _FROM_TEACHER}, "that of task.init_from")
