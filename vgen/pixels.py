@@ -34,6 +34,11 @@ def from_uint8(pictures: Tensor) -> Tensor:
     return pictures.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
+def frames_of(pixels: Tensor) -> Tensor:
+    """Clips [B, C, T, H, W] as their frames [B * T, C, H, W], clip by clip; pictures [B, C, H, W] as they are."""
+    return pixels.transpose(1, 2).flatten(0, 1) if pixels.dim() == 5 else pixels
+
+
 def save_grid(pictures: Tensor, path: str | Path, *, columns: int, scale: int = 1) -> Path:
     """Write pictures as one PNG grid.
 

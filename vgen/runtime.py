@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def git_commit() -> str:
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide results."""
     report = {"python": platform.python_version()}
-    for name in ("vgen", "torch", "torchvision", "pytorch-lightning", "hydra-core", "torch-fidelity", "numpy"):
+    for name in ("vgen", "torch", "torchvision", "pytorch-lightning", "hydra-core", "torch-fidelity", "numpy", "av"):
         try:
             report[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -95,6 +96,16 @@ def writable_folder(path: str | Path, key: str) -> Path:
     except OSError as error:
         raise UserError(f"{key}={folder} cannot be written ({error.strerror}); choose another folder") from error
     return folder
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Let one process of this machine at a time through, so that ranks do not do the same work into the same files."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def progress_bar(description: str, *, total: int, unit: str) -> tqdm:

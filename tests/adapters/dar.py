@@ -5,9 +5,12 @@ from adapters import Case, Check, Tolerance, UnknownCase, compare
 from adapters.orders import same
 from torch import Tensor
 
-from vgen.layers.rope import grid_coordinates, rope_table
+from vgen.generators.embedding import Directions
+from vgen.generators.places import Places
+from vgen.layers.rope import Rotary, grid_coordinates, rope_table
 from vgen.sampling.settings import Guidance
 from vgen.schedules.diagonal import diagonal
+from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Plan
 
 WEIGHTS, ANGLES = Tolerance(2e-6, 0.0), Tolerance(2e-6, 0.0)
@@ -38,20 +41,30 @@ def run_scan(case: Case) -> list[Check]:
     current = torch.where(plan.position[:, None] >= 0, places[plan.position], 0)
     following = places[plan.target]
     checks.append(same("coords4d", torch.cat([current, following], 1).tolist(), data["coords4d_per_slot"]))
-    moves = {str(entry["delta_row_col"]): int(number) for number, entry in data["direction_ids"].items()}
-    steps = zip(plan.position.tolist(), (following - current).tolist(), strict=True)
-    directions = [moves[str(None if position < 0 else move)] for position, move in steps]
+    stated = [data["direction_ids"][str(number)]["delta_row_col"] for number in range(1, len(data["direction_ids"]))]
+    module = Directions(grid=plan.grid, moves=stated, dim=2)
+    slots = Places.of(plan.on(torch.device("cpu")).feed, plan.order)
+    directions = module.number(slots.own, slots.target).tolist()
     checks.append(same("directions", directions, data["direction_id_per_slot"]))
+    if min(plan.grid) > 2:
+        checks.append(same("numbering", [list(move) for move in moves_of(plan)], stated))
     counts = {entry["name"]: directions.count(int(number)) for number, entry in data["direction_ids"].items()}
     checks.append(same("direction_counts", counts, data["direction_counts"]))
     return [*checks, *_rope(plan, data["rope4d"])]
 
 
 def _rope(plan: Plan, stated: dict) -> list[Check]:
-    """Four coordinates are two tables of half the head width, at the current and at the next place."""
-    table = rope_table(plan.grid, stated["head_dim"] // 2, base=stated["base"], placeless="identity")
-    places = torch.cat([plan.order, torch.tensor([plan.num_tokens])])
-    got = torch.cat([table[places[plan.position]], table[places[plan.target]]], dim=1)
+    """Half of the head turns by the current place, half by the next."""
+    rotary = Rotary(
+        kind="own_target",
+        grid=plan.grid,
+        head_dim=stated["head_dim"],
+        base=stated["base"],
+        placeless="identity",
+        axes=None,
+    )
+    slots = Places.of(plan.on(torch.device("cpu")).feed, plan.order)
+    got = rotary(slots.own, slots.target)
     angles = torch.tensor(stated["angles"], dtype=torch.float64)
     return [compare("rope4d", got, torch.stack([angles.cos(), angles.sin()], -1), ANGLES), *_frequencies(stated)]
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from vgen.checkpoints.convert import load_strict
 from vgen.checkpoints.llamagen_gpt import to_ours, to_published
 from vgen.generators.transformer import Transformer, mask_padding
-from vgen.layers.attention import View
 from vgen.layers.rope import rotate
 from vgen.losses.tokens import token_cross_entropy
 from vgen.sampling.decode import decode
@@ -101,7 +100,8 @@ def compare_parts(
     checks = []
     tensors = plan.on(torch.device("cpu"))
     if "freqs_cis" in case.outputs:
-        table = torch.cat([generator.rope[-1:].expand(plan.num_condition, -1, -1), generator.rope[:-1]])
+        rope = generator.rotary.table
+        table = torch.cat([rope[-1:].expand(plan.num_condition, -1, -1), rope[:-1]])
         checks.append(case.compare("freqs_cis", table, Tolerance(1e-6, 0.0)))
         if "rope_q" in case.outputs:
             got = rotate(case.inputs["rope_q"].transpose(1, 2), table).transpose(1, 2)
@@ -125,8 +125,8 @@ def unsliced_logits(
     """Logits of every slot, condition slots included, as the original's eval mode returns them."""
     tensors = plan.on(ids.device)
     mask = plan.visible() if padding is None else mask_padding(plan.visible(), padding, torch.arange(plan.num_slots))
-    view = View(causal=False, mask=mask, rope=generator.rotary(tensors.feed, tensors.order))
-    x = generator.embed(ids, generator.condition(condition), tensors.feed)
+    embedded = generator.condition(condition)
+    x, view = generator.enter(ids, embedded, tensors.feed, tensors.order, causal=False, mask=mask)
     return generator.outputs[0](generator.norms[0](generator.run_blocks(x, view)[0])).float()
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from vgen.checkpoints.convert import load_strict
 from vgen.checkpoints.nar import to_ours, to_published
 from vgen.generators.transformer import Transformer, mask_padding
-from vgen.layers.attention import View
 from vgen.losses.tokens import token_cross_entropy
 from vgen.sampling.filters import filter_logits
 from vgen.schedules.neighboring import neighboring
@@ -56,7 +55,6 @@ def with_last_token(plan: Plan) -> Plan:
         target=torch.cat([plan.target, -torch.ones_like(last)]),
         level_q=torch.cat([plan.level_q, level]),
         level_k=torch.cat([plan.level_k, level]),
-        _memo={},
     )
 
 
@@ -166,9 +164,9 @@ def run_forward(case: Case) -> list[Check]:
 
     tensors, slots = with_last_token(plan).on(ids.device), raster_slots(plan)
     feed = tensors.feed
-    x = generator.embed(ids[:, tensors.order], generator.condition(condition), feed)
     visible = mask[:, slots.argsort()][:, :, slots.argsort()].unsqueeze(1)
-    hidden = generator.run_blocks(x, View(causal=False, mask=visible, rope=generator.rotary(feed, tensors.order)))
+    embedded, order = generator.condition(condition), tensors.order
+    hidden = generator.run_blocks(*generator.enter(ids[:, order], embedded, feed, order, causal=False, mask=visible))
     got = {}
     for index, head in enumerate("RB"):
         state = hidden[index][:, slots]

@@ -50,6 +50,7 @@ def build(config: Mapping[str, Any], plan: Plan) -> Transformer:
         ffn_dropout=0.0,
         num_readouts=plan.num_heads,
         num_learned=plan.num_learned,
+        position_queries=plan.has_queries,
     )
 
 
@@ -124,9 +125,11 @@ def greedy(
     *,
     padding: Tensor | None = None,
     forced: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Trace:
-    """Decode greedily; ``forced`` int64 [B, N] replaces every token that is decided."""
+    """Decode greedily, in an order per sample if given; ``forced`` int64 [B, N] replaces every token decided."""
     logits = torch.zeros(len(condition), plan.num_tokens, generator.vocab_size)
+    places = plan.order.expand(len(condition), -1) if order is None else order
     caches: list[KVCache] = []
 
     def new_cache(batch: int, rows: int) -> KVCache:
@@ -134,7 +137,8 @@ def greedy(
         return caches[-1]
 
     def trace(index: int, guided: Tensor) -> None:
-        logits[:, plan.order[plan.forwards[index].targets]] = guided
+        positions = places[:, plan.forwards[index].targets]
+        logits.scatter_(1, positions[:, :, None].expand_as(guided), guided)
 
     with mock.patch.object(generator, "new_cache", new_cache):
         tokens = decode(
@@ -146,6 +150,7 @@ def greedy(
             padding=padding,
             known_ids=forced,
             known=None if forced is None else torch.ones_like(forced, dtype=torch.bool),
+            order=order,
             trace=trace,
         )
     return Trace(tokens, logits, caches[0])

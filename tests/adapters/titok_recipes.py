@@ -12,7 +12,7 @@ from vgen.checkpoints.release import build
 from vgen.checkpoints.titok import CONFIGS
 from vgen.losses.blur_discriminator import BlurDiscriminator
 from vgen.training.ema import EMA
-from vgen.training.optim import LrSchedule, decay_groups, freeze_others
+from vgen.training.optim import LrSchedule, decay_groups, freeze_others, without_decay
 
 TASKS = CONFIGS.parent / "task"
 STAGES = {"stage1": "titok_stage1", "stage2": "titok_stage2"}
@@ -57,7 +57,7 @@ def _groups(name: str, want: dict[str, Any], trainable: int | None) -> Iterable[
     same = all(_task(task)["optimizer"]["no_decay"] == optimizer["no_decay"] for task in STAGES.values())
     yield Check(f"{name} rule", float(not same), same, "the task files name other parameters")
     matrices = {key for key, p in network.named_parameters() if p.ndim >= 2}
-    groups = decay_groups(network.named_parameters(), 1.0, matrices, optimizer["no_decay"])
+    groups = decay_groups(network.named_parameters(), 1.0, without_decay(matrices, optimizer["no_decay"]))
     for label, decay in (("decay", 1.0), ("no_decay", 0.0)):
         parameters = [p for group in groups if group["weight_decay"] == decay for p in group["params"]]
         for kind, got in (("tensors", len(parameters)), ("params", sum(p.numel() for p in parameters))):

@@ -31,12 +31,17 @@ GENERATOR = {
 SCHEDULE = {"_target_": "vgen.schedules.raster.raster", "_partial_": True}
 
 
-def tiny_release(folder: Path, *, generator: dict | None = None, tokenizer: dict | None = None) -> Path:
+RANDAR = {"_target_": "vgen.schedules.randar.randar", "_partial_": True, "steps": 6}
+
+
+def tiny_release(
+    folder: Path, *, generator: dict | None = None, tokenizer: dict | None = None, schedule: dict | None = None
+) -> Path:
     """Write ``folder/tokenizer`` and ``folder/generator`` with random weights; returns the generator's release."""
     torch.manual_seed(0)
     token_config, config = TOKENIZER | (tokenizer or {}), GENERATOR | (generator or {})
     tokens = save_release(folder / "tokenizer", build(token_config), token_config, kind="tokenizer")
     network = build(config)
     torch.nn.init.normal_(network.outputs[0].weight)
-    extra = {"schedule": SCHEDULE}
+    extra = {"schedule": schedule or SCHEDULE}
     return save_release(folder / "generator", network, config, kind="generator", extra=extra, tokenizer=tokens)

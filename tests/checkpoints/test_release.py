@@ -29,9 +29,9 @@ def test_round_trip_gives_the_same_samples(tmp_path):
 def test_half_precision_keeps_the_rotary_table_exact(tmp_path):
     pipeline = load_pipeline(tiny_release(tmp_path), device=CPU, dtype=torch.bfloat16)
     assert pipeline.generator.dtype == torch.bfloat16
-    assert pipeline.generator.rope.dtype == torch.float32
-    exact = load_generator(tmp_path / "generator")[0].rope
-    assert torch.equal(pipeline.generator.rope, exact)
+    assert pipeline.generator.rotary.table.dtype == torch.float32
+    exact = load_generator(tmp_path / "generator")[0].rotary.table
+    assert torch.equal(pipeline.generator.rotary.table, exact)
 
 
 def test_loaded_networks_are_frozen_and_in_eval_mode(tmp_path):

@@ -4,8 +4,10 @@ import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from tests.evaluation.helpers import golden
+from tests.evaluation.two_processes import SHARES, WORLD, rows, stream_share, streamed
 from vgen.errors import UserError
-from vgen.evaluation.frechet import FeatureStatistics, frechet_distance, gaussian_of
+from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance, gaussian_of
+from vgen.processes import Processes
 
 CASES = ("d1", "d16", "rankdef_d48_n30", "two_samples", "identical", "constant_columns")
 
@@ -15,9 +17,14 @@ CASES = ("d1", "d16", "rankdef_d48_n30", "two_samples", "identical", "constant_c
 def test_equals_the_exact_value(case, ddof, key):
     tensors = golden(f"frechet_{case}")
     value = frechet_distance(gaussian_of(tensors["in.x1"], ddof=ddof), gaussian_of(tensors["in.x2"], ddof=ddof))
-    # singular covariances without their samples (constant columns, n > d) carry the noise of a root of zero
-    tolerance = 1e-5 if case == "constant_columns" else 1e-9
-    assert value == pytest.approx(float(tensors[key]), rel=1e-9, abs=tolerance)
+    assert value == pytest.approx(float(tensors[key]), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_exact_value_without_the_samples(case):
+    tensors = golden(f"frechet_{case}")
+    fits = [Gaussian(len(tensors[f"in.x{i}"]), tensors[f"out.mu{i}"], tensors[f"out.sigma{i}"]) for i in (1, 2)]
+    assert frechet_distance(*fits) == pytest.approx(float(tensors["out.exact_unbiased"]), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -88,3 +95,44 @@ def test_refuses_one_sample_and_not_finite_features():
         statistics.gaussian()
     with pytest.raises(UserError, match="NaN or infinite"):
         statistics.update(torch.tensor([[1.0, float("nan"), 0.0]]))
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    torch.multiprocessing.spawn(stream_share, (tmp_path,), WORLD)
+    alone = streamed(rows())
+    for name in SHARES:
+        for rank in range(WORLD):
+            count, mean, scatter = torch.load(tmp_path / f"{name} {rank}.pt", weights_only=True)
+            assert count == alone.count
+            torch.testing.assert_close(mean, alone.mean, rtol=1e-12, atol=0)
+            torch.testing.assert_close(scatter, alone.scatter, rtol=1e-9, atol=1e-9)
+
+
+def test_merged_states_equal_one_pass():
+    parts = [streamed(part) for part in rows().split([50, 1, 50])]
+    total = FeatureStatistics(20)
+    total.merge(FeatureStatistics(20))
+    for part in parts:
+        total.merge(part)
+    torch.testing.assert_close(total.gaussian().covariance, gaussian_of(rows()).covariance, rtol=1e-11, atol=1e-13)
+    with pytest.raises(UserError, match="cannot be merged"):
+        total.merge(FeatureStatistics(3))
+
+
+def test_constant_features_and_half_the_rank_cost_no_accuracy():
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(400, 15, generator=generator, dtype=torch.float64) for _ in range(2))
+    mixing = torch.randn(15, 30, generator=generator, dtype=torch.float64)
+    wide = [torch.cat([part @ mixing, torch.full((400, 2), 0.1, dtype=torch.float64)], 1) for part in (x, y)]
+    exact = frechet_distance(*(gaussian_of(part) for part in wide))
+    streamed_only = frechet_distance(*(streamed(part).gaussian() for part in wide))
+    assert streamed_only == pytest.approx(exact, rel=1e-9)
+
+
+def test_a_nan_on_a_device_is_found_no_later_than_the_end():
+    statistics = FeatureStatistics(2)
+    statistics.update(torch.ones(3, 2))
+    statistics._finite = torch.tensor(False)  # as a device leaves it that is asked one batch late
+    for read in (statistics.gaussian, lambda: statistics.reduce(Processes())):
+        with pytest.raises(UserError, match="NaN or infinite"):
+            read()

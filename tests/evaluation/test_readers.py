@@ -1,7 +1,11 @@
+import io
 import json
+import tarfile
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +13,8 @@ from PIL import Image
 from tests.evaluation.helpers import quadrant_pictures, save_npz
 from vgen.data.arrays import ArrayImages
 from vgen.errors import UserError
-from vgen.evaluation.readers import DatasetPictures, Subset, open_pictures, read_picture
+from vgen.evaluation.pictures import RangeGuard, Subset, read_picture
+from vgen.evaluation.readers import DatasetPictures, open_pictures
 
 
 def save_folder(folder, pictures, *, labels=None):
@@ -158,3 +163,119 @@ def test_an_npz_with_stored_members_is_mapped_not_loaded(tmp_path):
     path = save_npz(tmp_path / "a.npz", 6, seed=0)
     assert zipfile.ZipFile(path).getinfo("arr_0.npy").compress_type == zipfile.ZIP_STORED
     assert isinstance(open_pictures(path, key="samples").array, np.memmap)
+
+
+def encoded(picture):
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_tar(path, pictures, labels=None, *, extra=()):
+    members = [(f"{i:03d}.png", encoded(picture)) for i, picture in enumerate(pictures)]
+    if labels is not None:
+        members += [(f"{i:03d}.cls", str(label).encode()) for i, label in enumerate(labels)]
+    with tarfile.open(path, "w") as archive:
+        for name, data in [*members, *extra]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_tar_shards_of_webdataset(tmp_path):
+    pictures, labels = quadrant_pictures(7, seed=0)
+    write_tar(tmp_path / "a-0.tar", pictures[:4], labels[:4], extra=[("000.json", b"{}")])
+    write_tar(tmp_path / "a-1.tar", pictures[4:], labels[4:])
+    for where in (tmp_path, tmp_path / "a-*.tar"):
+        opened = open_pictures(where, key="samples")
+        assert opened.kind == "tar"
+        assert opened.labels.tolist() == labels.tolist()
+        assert torch.equal(opened.read([6, 0, 3]), torch.from_numpy(pictures[[6, 0, 3]]).permute(0, 3, 1, 2))
+
+
+def test_bad_tar_shards_are_refused_by_name(tmp_path):
+    pictures, _ = quadrant_pictures(3, seed=0)
+    whole = write_tar(tmp_path / "whole.tar", pictures)
+    content = whole.read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[: 512 + 100])
+    with pytest.raises(UserError, match=r"cut\.tar cannot be read as an uncompressed tar"):
+        open_pictures(tmp_path / "cut.tar", key="samples")
+    write_tar(tmp_path / "none.tar", [], extra=[("a.txt", b"x")])
+    with pytest.raises(UserError, match=r"none\.tar holds no picture"):
+        open_pictures(tmp_path / "none.tar", key="samples")
+    write_tar(tmp_path / "empty.tar", [], extra=[("a.png", b"")])
+    with pytest.raises(UserError, match=r"empty\.tar:a\.png .*is empty"):
+        open_pictures(tmp_path / "empty.tar", key="samples").read([0])
+    write_tar(tmp_path / "label.tar", pictures[:1], ["cat"])
+    with pytest.raises(UserError, match=r"label\.tar: a \.cls member is not a class number"):
+        open_pictures(tmp_path / "label.tar", key="samples")
+
+
+@pytest.mark.parametrize("column", ["image", "img"])
+def test_parquet_of_the_hub(tmp_path, column):
+    pictures, labels = quadrant_pictures(5, seed=0)
+    rows = [{"bytes": encoded(picture), "path": None} for picture in pictures]
+    for name, part in (("0.parquet", slice(0, 3)), ("1.parquet", slice(3, 5))):
+        table = pa.table({column: rows[part], "label": labels[part]})
+        pq.write_table(table, tmp_path / name, row_group_size=2)
+    opened = open_pictures(tmp_path, key="reference")
+    assert opened.labels.tolist() == labels.tolist()
+    assert torch.equal(opened.read([4, 2]), torch.from_numpy(pictures[[4, 2]]).permute(0, 3, 1, 2))
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "2.parquet")
+    with pytest.raises(UserError, match=r"2\.parquet has no image column .* only text"):
+        open_pictures(tmp_path, key="reference")
+
+
+def test_npz_shards_are_joined_and_must_agree(tmp_path):
+    save_npz(tmp_path / "0.npz", 3, seed=0)
+    save_npz(tmp_path / "1.npz", 2, seed=1)
+    opened = open_pictures(tmp_path, key="samples")
+    assert len(opened) == 5
+    assert opened.labels.tolist() == [0, 1, 2, 0, 1]
+    expected = open_pictures(tmp_path / "1.npz", key="samples").read([1])
+    assert torch.equal(opened.read([4]), expected)
+    save_npz(tmp_path / "2.npz", 2, seed=1, size=16)
+    with pytest.raises(UserError, match=r"2\.npz holds items of shape \[3, 16, 16\], those before it \[3, 12, 12\]"):
+        open_pictures(tmp_path, key="samples").read([0, 5])
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path):
+    save_npz(tmp_path / "0.npz", 3, seed=0)
+    save_folder(tmp_path, np.zeros((1, 4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match=r"mixes kinds of files: 1 npz \(0.npz.*1 image \(000.png"):
+        open_pictures(tmp_path, key="samples")
+
+
+def test_fingerprints_tell_content_and_not_storage(tmp_path):
+    pictures, _ = quadrant_pictures(5, seed=0)
+    np.savez(tmp_path / "a.npz", pictures)
+    np.savez_compressed(tmp_path / "b.npz", pictures)
+    np.savez(tmp_path / "c.npz", pictures[::-1])
+    a, b, c = (open_pictures(tmp_path / f"{name}.npz", key="samples") for name in "abc")
+    assert a.fingerprint() == b.fingerprint() != c.fingerprint()
+    assert Subset(a, [0, 1], "x").fingerprint() != Subset(a, [1, 0], "x").fingerprint()
+    folder = open_pictures(save_folder(tmp_path / "folder", pictures), key="samples")
+    before = folder.fingerprint()
+    Image.fromarray(pictures[0]).save(tmp_path / "folder" / "003.png")
+    assert folder.fingerprint() != before
+
+
+def test_pictures_stored_without_scaling_are_noticed():
+    good, _ = quadrant_pictures(30, seed=0)
+    guard = RangeGuard()
+    guard.update(torch.from_numpy(good))
+    assert RangeGuard.check(guard.seen, guard.binary, "x") is None
+    guard.update(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+    assert RangeGuard.check(guard.seen, guard.binary, "x") is None
+    guard.update(torch.ones(1, 4, 4, 3, dtype=torch.uint8))
+    assert "1 of 33 pictures of x hold only the values 0 and 1" in RangeGuard.check(guard.seen, guard.binary, "x")
+    with pytest.raises(UserError, match="mixed with others"):
+        RangeGuard.check(20, 7, "x")
+
+
+def test_an_animated_picture_is_refused(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in (0, 90)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
+    with pytest.raises(UserError, match=r"a\.webp is animated"):
+        open_pictures(tmp_path, key="samples").read([0])

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from tests.schedules.helpers import ORDERS
-from vgen.schedules.__main__ import contexts, main
+from vgen.schedules.__main__ import contexts, example_of, main
 from vgen.schedules.catalog import available, load_plan
 
 
@@ -17,7 +18,7 @@ from vgen.schedules.catalog import available, load_plan
 def test_json_holds_the_order(name, capsys):
     assert main([name, "--grid", "4x4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    plan = load_plan(name, (4, 4), {})
+    plan = example_of(load_plan(name, (4, 4), {}))
     assert (found["name"], found["grid"], found["passes"]) == (name, [4, 4], len(plan.forwards))
     assert sorted(position for step in found["steps"] for position in step) == list(range(16))
     assert found["steps"] == [plan.order[forward.targets].tolist() for forward in plan.forwards]
@@ -27,6 +28,20 @@ def test_json_holds_the_order(name, capsys):
 def test_text_states_the_passes(name, capsys):
     assert main([name, "--grid", "8x16"]) == 0
     assert f"{len(load_plan(name, (8, 16), {}).forwards)} for 128 tokens" in capsys.readouterr().out
+
+
+def test_orders_that_are_drawn_or_adapt_say_so(capsys):
+    assert main(["randar", "--grid", "4x4"]) == 0
+    assert "drawn for every sample" in capsys.readouterr().out
+    assert main(["zipar", "window=2", "adaptive=true", "--grid", "4x4"]) == 0
+    assert "at least 14 for 16 tokens" in capsys.readouterr().out
+
+
+def test_a_schedule_that_breaks_the_contract_is_named(monkeypatch, capsys):
+    plan = load_plan("raster", (4, 4), {})
+    monkeypatch.setattr("vgen.schedules.__main__.load_plan", lambda *_: replace(plan, forwards=plan.forwards[:-1]))
+    assert main(["raster", "--grid", "4x4"]) == 2
+    assert "schedule 'raster' breaks the contract of plans" in capsys.readouterr().err
 
 
 def test_options_stand_before_or_after_flags(capsys):
@@ -61,7 +76,7 @@ def test_help_lists_the_orders(capsys):
     [
         (["nothing"], "choose one of"),
         (["raster", "--grid", "4y4"], "16x16"),
-        (["zipar", "windw=3"], "it has cache, num_condition, overlap_first_row, window"),
+        (["zipar", "windw=3"], "it has adaptive, cache, num_condition, overlap_first_row, window"),
         (["zipar", "window"], "key=value"),
         (["zipar", "window=["], "YAML"),
         (["zipar", "window=0"], "window=0"),

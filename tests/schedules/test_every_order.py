@@ -11,7 +11,7 @@ from tests.paths import ROOT
 from tests.schedules.helpers import GRIDS, ORDERS, plans, random_grids
 from vgen.sampling.decode import decode
 from vgen.sampling.settings import Sampling
-from vgen.schedules.check import check_plan
+from vgen.schedules.check import ContractError, check_plan
 
 VOCAB = 23
 every_order = pytest.mark.parametrize("name", ORDERS)
@@ -20,9 +20,12 @@ every_order = pytest.mark.parametrize("name", ORDERS)
 def traced_decode(generator, plan, labels, **options):
     """Greedy ids [B, N] and the logits [B, N, V] they were taken from, raster order."""
     logits = torch.zeros(len(labels), plan.num_tokens, VOCAB)
+    order = options.get("order")
+    order = plan.order.expand(len(labels), -1) if order is None else order
 
     def trace(index, guided):
-        logits[:, plan.order[plan.forwards[index].targets]] = guided
+        places = order[:, plan.forwards[index].targets]
+        logits.scatter_(1, places[:, :, None].expand_as(guided), guided)
 
     ids = decode(
         generator,
@@ -36,8 +39,13 @@ def traced_decode(generator, plan, labels, **options):
     return ids, logits
 
 
+def random_orders(plan, count):
+    """Orders int64 [count, N], one per sample."""
+    return torch.rand(count, plan.num_tokens, generator=torch.Generator().manual_seed(3)).argsort(1)
+
+
 def test_the_orders_are_found():
-    assert len(ORDERS) >= 5
+    assert len(ORDERS) >= 7
 
 
 @every_order
@@ -59,9 +67,10 @@ def test_cached_decoding_equals_teacher_forcing(name):
     for plan in plans(name, [(5,), (1, 4), (4, 4), (3, 5), (4, 6), (2, 3, 4), (2, 4, 4)]):
         if plan.exact:
             generator, labels = tiny_generator(plan, vocab_size=VOCAB), torch.tensor([0, 3])
-            ids, logits = traced_decode(generator, plan, labels)
+            order = random_orders(plan, len(labels)) if plan.shuffled else None
+            ids, logits = traced_decode(generator, plan, labels, order=order)
             with torch.inference_mode():
-                forced = generator.logits(ids, labels, plan)
+                forced = generator.logits(ids, labels, plan, order=order)
             torch.testing.assert_close(logits, forced, atol=1e-5, rtol=1e-5)
             assert torch.equal(forced.argmax(-1), ids)
 
@@ -90,17 +99,21 @@ def test_decoding_logits_depend_only_on_tokens_of_earlier_passes(name):
         each = torch.arange(total)
         ids[each, each] = (ids[each, each] + 1) % VOCAB
         labels, known = torch.zeros(total + 1, dtype=torch.int64), torch.ones_like(ids, dtype=torch.bool)
-        _, logits = traced_decode(generator, plan, labels, known_ids=ids, known=known)
+        options = {"order": plan.order.expand(total + 1, -1)} if plan.any_order else {}
+        _, logits = traced_decode(generator, plan, labels, known_ids=ids, known=known, **options)
         changed = (logits[:-1] - logits[-1]).abs().amax(-1) > 1e-5
         step = plan.step_of()
         assert not (changed & (step[None, :] <= step[:, None])).any()
 
 
 @every_order
-def test_every_pass_but_the_condition_needs_no_mask_where_decoding_is_exact(name):
+def test_passes_of_exact_orders_write_without_gaps_and_need_no_mask_but_a_causal_one(name):
     for plan in plans(name):
-        if plan.exact:
-            assert all(forward.mask is None and forward.row_start >= 0 for forward in plan.forwards[1:])
+        for forward in plan.forwards[1:] if plan.exact else ():
+            assert forward.row_start >= 0
+            ends = torch.arange(forward.prefix - len(forward.rows), forward.prefix)[:, None]
+            causal = torch.arange(forward.prefix)[None, :] <= ends
+            assert forward.mask is None or torch.equal(forward.mask, causal)
 
 
 @every_order
@@ -117,7 +130,7 @@ def test_the_check_notices_broken_plans(name):
     if plan.exact:
         broken["sees a token"] = replace(plan, level_q=torch.full_like(plan.level_q, int(plan.level_k.max())))
     for message, wrong in broken.items():
-        with pytest.raises(AssertionError, match=message):
+        with pytest.raises(ContractError, match=f"'{plan.name}'.*{message}"):
             check_plan(wrong)
 
 

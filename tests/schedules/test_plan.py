@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vgen.errors import UserError
-from vgen.schedules.plan import Step, make_plan, parse_grid
+from vgen.schedules.building import Step, make_plan, parse_grid
 from vgen.schedules.raster import raster
 
 

@@ -19,13 +19,23 @@ PARAMETERS = {
     "llamagen_xxl": 1_410_972_672,
     "llamagen_3b": 3_096_659_200,
     "imagenet256_vq16": 71_883_403,
+    "nar_b": 130_551_552,
+    "nar_m": 295_453_696,
+    "nar_l": 372_536_320,
+    "nar_xl": 815_991_040,
+    "nar_xxl": 1_464_454_656,
+    "par_l": 342_914_048,
+    "randar_l": 342_912_000,
+    "randar_xl": 774_700_800,
+    "randar_xxl": 1_410_974_208,
+    "ucf101_larp": 193_880_224,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
 
 
 def settings_of(recipe: str) -> dict:
-    needed = [] if recipe.startswith("digits") else ["data.path=/somewhere"]
+    needed = [] if "digits" in recipe else ["data.path=/somewhere"]
     return resolve(composed(f"experiment={recipe}", *needed))
 
 
@@ -42,13 +52,25 @@ def test_recipe_builds(recipe):
         vocabulary, grid, classes = TOKENS.get(recipe, (16384, (16, 16), 1000))
         kind, key = Transformer, "generator"
         arguments = complete_generator(
-            settings["generator"], settings["schedule"], vocab_size=vocabulary, grid=grid, num_classes=classes
+            settings["generator"],
+            settings["schedule"],
+            vocab_size=vocabulary,
+            grid=grid,
+            num_classes=classes,
+            codebook_dim=8,
         )
     with torch.device("meta"):
         network = make(arguments, key)
     assert isinstance(network, kind)
     if recipe in PARAMETERS:
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[recipe]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml")))
+def test_tokenizer_preset_builds(preset):
+    with torch.device("meta"):
+        network = make(resolve(composed(f"tokenizer={preset}"))["tokenizer"], "tokenizer")
+    assert isinstance(network, Tokenizer)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

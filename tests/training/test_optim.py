@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vgen.errors import UserError
-from vgen.training.optim import LrSchedule, adam, adamw, decay_groups, freeze_others
+from vgen.training.optim import LrSchedule, adam, adamw, decay_groups, freeze_others, without_decay
 
 
 def factors(**settings) -> list[float]:
@@ -69,7 +69,7 @@ def test_only_matrices_decay():
 def test_named_matrices_do_not_decay():
     network = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
     matrices = {name for name, p in network.named_parameters() if p.ndim >= 2}
-    groups = decay_groups(network.named_parameters(), 0.5, matrices, ["0."])
+    groups = decay_groups(network.named_parameters(), 0.5, without_decay(matrices, ["0."]))
     assert [id(p) for p in groups[0]["params"]] == [id(network[1].weight)]
     assert {id(p) for p in groups[1]["params"]} == {id(network[0].weight), id(network[1].bias)}
 

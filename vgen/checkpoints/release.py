@@ -20,6 +20,8 @@ from vgen.checkpoints.convert import load_strict, read_weights
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
+from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
+from vgen.sampling.given import Edit
 from vgen.sampling.pipeline import Pipeline
 from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
@@ -155,14 +157,24 @@ def _load(folder: str | Path, kind: str) -> tuple[nn.Module, dict[str, Any]]:
     return module.eval().requires_grad_(False), document
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, *, scale: int = 1) -> Tokenizer:
     """Load a frozen tokenizer on the CPU from its release, or from the ``tokenizer/`` of a generator's release.
 
+    Args:
+        folder: release.
+        scale: how many times larger the pictures are than those the tokenizer was configured for.
+
     Raises:
-        UserError: if the folder is no tokenizer release or the weights do not fit.
+        UserError: if the folder is no tokenizer release, the weights do not fit, or the tokenizer has one size only.
     """
     inner = Path(folder) / TOKENIZER
-    module, _ = _load(inner if inner.is_dir() else folder, "tokenizer")
+    where = inner if inner.is_dir() else folder
+    module, document = _load(where, "tokenizer")
+    if scale != 1:
+        config = document["network"]
+        larger = build(config | {"image_size": config["image_size"] * scale})
+        load_strict(larger, module.state_dict(), what=f"{where} at {scale} times its picture size")
+        module = larger.eval().requires_grad_(False)
     assert isinstance(module, Tokenizer)
     return module
 
@@ -193,6 +205,8 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     schedule: dict[str, Any] | None = None,
     picture_size: int | None = None,
+    edit: Edit | None = None,
+    extrapolation: Extrapolation | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -202,21 +216,37 @@ def load_pipeline(
         dtype: of the generator; the tokenizer stays in float32.
         schedule: schedule configuration to decode with; null = the one the generator was trained with.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
+        edit: picture of which a part is kept; null = none.
+        extrapolation: decode pictures larger than trained; null = not.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
     """
     generator, document = load_generator(folder)
-    plan = trained = make_plan_for(generator, document["schedule"])
-    if schedule is not None:
-        plan = make_plan_for(generator, schedule)
-        if not plan.same_training(trained):
-            raise UserError(
-                f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
-                f"{', '.join(decodable(trained))}"
-            )
-    tokenizer = load_tokenizer(folder)
-    rope = generator.rope
+    config = document["schedule"] if schedule is None else schedule
+    plan, trained = make_plan_for(generator, config), make_plan_for(generator, document["schedule"])
+    if not plan.same_training(trained):
+        raise UserError(
+            f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
+            f"{', '.join(decodable(trained))}"
+        )
+    tokenizer = load_tokenizer(folder).to(device)
     generator = generator.to(device, dtype)
-    generator.rope = rope.to(device)
-    return Pipeline(generator=generator, tokenizer=tokenizer.to(device), plan=plan, picture_size=picture_size)
+    if extrapolation is not None:
+        if edit is not None:
+            raise UserError("edit and extrapolate cannot be combined; take one after the other")
+        fine = {"num_known": plan.num_tokens, "steps": extrapolation.steps} if plan.has_queries else {}
+        finer_grid = tuple(side * extrapolation.factor for side in plan.grid)
+        return ExtrapolatingPipeline(
+            generator=generator,
+            tokenizer=load_tokenizer(folder, scale=extrapolation.factor).to(device),
+            plan=plan,
+            fine_plan=build(config | fine)(grid=finer_grid, num_condition=generator.num_condition),
+            extrapolation=extrapolation,
+            picture_size=picture_size,
+        )
+    given = None if edit is None else edit.given(tokenizer)
+    if given is not None and plan.has_queries:
+        # Such an order takes what is given first, so that everything else is decided in view of it.
+        plan = make_plan_for(generator, config | {"num_known": given.count})
+    return Pipeline(generator=generator, tokenizer=tokenizer, plan=plan, picture_size=picture_size, given=given)

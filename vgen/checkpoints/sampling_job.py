@@ -24,6 +24,8 @@ def sample(config: DictConfig) -> None:
         dtype=pick_dtype(plain["dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
+        edit=None if plain["edit"] is None else build(plain["edit"]),
+        extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -31,6 +33,7 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
+        **{name: plain[name] for name in ("edit", "extrapolate") if plain[name] is not None},
     }
     with joined(device) as peers:
         files = run_sampling(
@@ -44,6 +47,7 @@ def sample(config: DictConfig) -> None:
             batch_size=plain["batch_size"],
             fmt=plain["format"],
             grid_pictures=plain["grid_pictures"],
+            animated=plain["animate"],
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

@@ -162,12 +162,27 @@ def _check_options(
             f"the tokenizer encodes {tokenizer.image_size}x{tokenizer.image_size} pixels but the data have "
             f"data.image_size={dataset.image_size}; make them agree"
         )
+    frames = getattr(dataset, "num_frames", None)
+    if tokenizer.num_frames != frames:
+        raise UserError(
+            f"the tokenizer encodes {_kind(tokenizer.num_frames)} but the data are {_kind(frames)}; make "
+            "data.num_frames and tokenizer.num_frames agree"
+        )
+    if augmentation == "ten_crop" and frames is not None:
+        raise UserError("augmentation=ten_crop is for pictures; use flip or none for clips")
     if augmentation == "ten_crop" and (not crop_ratios or min(crop_ratios) < 1):
         raise UserError(f"crop_ratios={crop_ratios} must be at least 1 (LlamaGen: 1.1)")
 
 
+def _kind(frames: int | None) -> str:
+    return "pictures" if frames is None else f"clips of {frames} frames"
+
+
 class _Variants:
-    """The pictures to encode: uint8 [B, variants, 3, S, S] with rows and labels; broken images are black."""
+    """The pictures to encode: uint8 [B, variants, 3, S, S] with rows and labels; broken images are black.
+
+    Clips are [B, variants, 3, T, S, S].
+    """
 
     def __init__(self, dataset: ImageDataset, augmentation: str, ratios: tuple[float, ...]):
         self._dataset, self._augmentation, self._ratios = dataset, augmentation, ratios
@@ -185,15 +200,16 @@ class _Variants:
         if self._augmentation == "shift":
             size, padded = self._dataset.image_size, F.pad(picture, (1, 1, 1, 1))
             moves = [(down, right) for down in (1, 0, 2) for right in (1, 0, 2)]
-            return torch.stack([padded[:, down : down + size, right : right + size] for down, right in moves])
+            return torch.stack([padded[..., down : down + size, right : right + size] for down, right in moves])
         return torch.stack([picture, picture.flip(-1)] if self._augmentation == "flip" else [picture])
 
     def __getitem__(self, row: int) -> tuple[Tensor, int]:
-        size = self._dataset.image_size
+        size, frames = self._dataset.image_size, getattr(self._dataset, "num_frames", None)
+        shape = (size, size) if frames is None else (frames, size, size)
         try:
             return self._stack(row), int(self._dataset.labels[row])
         except BrokenImageError:
-            return torch.zeros(self.num_variants, 3, size, size, dtype=torch.uint8), BROKEN
+            return torch.zeros(self.num_variants, 3, *shape, dtype=torch.uint8), BROKEN
 
     def __getitems__(self, rows: list[int]) -> tuple[int, Tensor, Tensor]:
         items = [self[row] for row in rows]

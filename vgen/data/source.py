@@ -76,9 +76,21 @@ class ImageDataset(Protocol):
         ...
 
 
+class VideoDataset(ImageDataset, Protocol):
+    """Clips with class labels, of one length: ``pixels`` is float32 [3, T, H, W], ``picture`` uint8 [3, T, S, S].
+
+    ``raw`` is the first frame of the clip.
+    """
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip."""
+        ...
+
+
 @dataclass(frozen=True)
 class DataSource:
-    """A data set of pictures, split in two.
+    """A data set of pictures or clips, split in two.
 
     Attributes:
         name: of the data, as it appears in reports.
@@ -98,6 +110,11 @@ class DataSource:
 
     def __post_init__(self) -> None:
         assert len(self.class_names) == self.num_classes
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a clip, None for pictures."""
+        return getattr(self.train, "num_frames", None)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """CIFAR-10, MNIST and Fashion-MNIST, downloaded by torchvision."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor
 from vgen.data.arrays import ArrayImages, resize_pictures
 from vgen.data.source import DataSource
 from vgen.errors import UserError
-from vgen.runtime import writable_folder
+from vgen.runtime import locked, writable_folder
 
 _MNIST_FILES = (
     "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (or .gz)"
@@ -92,20 +90,10 @@ def _load(kind: str, folder: Path, *, train: bool, download: bool) -> Any:
             ) from error
     writable_folder(folder, "data.root")
     try:
-        with _locked(folder / f".{kind}.lock"):
+        with locked(folder / f".{kind}.lock"):
             return make(str(folder), train=train, download=True)
     # Download failures reach us as URLError and timeouts (OSError), bad checksums and mirrors as RuntimeError.
     except (RuntimeError, OSError, ValueError, EOFError) as error:
         raise UserError(
             f"{kind} could not be downloaded to data.root={folder} ({error}); put {files} by hand"
         ) from error
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process of this machine at a time through, so that ranks do not write the same download."""
-    import fcntl
-
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

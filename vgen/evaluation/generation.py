@@ -1,16 +1,19 @@
-"""Samples drawn from a generator's release folder while they are scored."""
+"""Samples drawn from a generator's release folder into a folder of their own, which a repeated job goes on with."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgen.checkpoints.release import CONFIG, TOKENIZER, WEIGHTS, file_sha256, load_pipeline, read_config
 from vgen.errors import UserError
-from vgen.evaluation.collect import PictureBatch
-from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
+from vgen.evaluation.pictures import Pictures
+from vgen.evaluation.readers import open_pictures
+from vgen.processes import Processes
+from vgen.sampling.job import run_sampling
+from vgen.sampling.pipeline import Pipeline, make_labels
 from vgen.sampling.settings import Sampling
 
 DEFAULT_SAMPLES = 1000
@@ -42,54 +45,105 @@ class Generation:
     Attributes:
         pipeline: generator, tokenizer and decode order.
         folder: release folder.
+        samples: folder the samples are written to; what a killed job left there is kept.
         labels: int64 [n], requested class of every sample.
         labels_kind: how they were chosen.
         sampling: settings.
         batch_size: samples decoded at once.
-        schedule: configuration of the decode order, None for the one the generator was trained with.
+        identity: everything the samples depend on; a folder of other samples is refused.
+        frames: None, the samples are pictures.
     """
 
     pipeline: Pipeline
     folder: Path
+    samples: Path
     labels: Tensor
     labels_kind: str
     sampling: Sampling
     batch_size: int
-    schedule: dict | None
+    identity: dict[str, Any]
+    frames: int | None = None
 
     @classmethod
     def load(
         cls,
         folder: Path,
         *,
+        samples: Path,
         count: int | None,
         labels: str,
-        sampling: Sampling,
+        sampling: dict[str, Any],
+        settings: Sampling,
         batch_size: int,
         device: torch.device,
         dtype: torch.dtype,
         schedule: dict | None,
+        picture_size: int | None,
     ) -> "Generation":
-        """Load a release folder and choose the labels of ``count`` samples."""
-        pipeline = load_pipeline(folder, device=device, dtype=dtype, schedule=schedule)
-        requested = make_labels(labels, count or DEFAULT_SAMPLES, pipeline.num_classes, seed=sampling.seed)
-        return cls(pipeline, folder, requested, labels, sampling, batch_size, schedule)
+        """Load a release folder and choose the labels of ``count`` samples.
 
-    def batches(self) -> Iterator[PictureBatch]:
-        """Draw this process's share of the samples."""
-        for batch in sample_stream(self.pipeline, self.labels, self.sampling, batch_size=self.batch_size):
-            yield PictureBatch(batch.images, batch.labels, batch.index)
+        Args:
+            folder: release of a generator.
+            samples: folder for the samples.
+            count: number of samples, 1000 when None.
+            labels: see :func:`vgen.sampling.pipeline.make_labels`.
+            sampling: configuration of ``settings``, stored with the samples.
+            settings: temperature, guidance, ...
+            batch_size: samples decoded at once by a process.
+            device: where to run.
+            dtype: of the generator.
+            schedule: configuration of the decode order, None for the one the generator was trained with.
+            picture_size: side in pixels; None = as decoded.
+        """
+        pipeline = load_pipeline(folder, device=device, dtype=dtype, schedule=schedule, picture_size=picture_size)
+        requested = make_labels(labels, count or DEFAULT_SAMPLES, pipeline.num_classes, seed=settings.seed)
+        identity = {
+            "checkpoint_sha256": file_sha256(folder / WEIGHTS),
+            "sampling": sampling,
+            "schedule": schedule,
+            "dtype": str(dtype).removeprefix("torch."),
+            "picture_size": pipeline.picture_size,
+        }
+        return cls(pipeline, folder, samples, requested, labels, settings, batch_size, identity)
 
-    def describe(self) -> dict:
-        """What a report must say about the samples' origin."""
-        weights = next(self.pipeline.generator.parameters())
+    def draw(self, processes: Processes) -> Pictures:
+        """Draw the samples that are missing, all processes together, and open the whole set.
+
+        Raises:
+            UserError: if the folder holds samples of another configuration or the disk is full.
+        """
+        run_sampling(
+            self.pipeline,
+            self.sampling,
+            peers=processes,
+            identity=self.identity,
+            out=str(self.samples),
+            num_samples=len(self.labels),
+            labels=self.labels_kind,
+            batch_size=self.batch_size,
+            fmt="npz",
+            grid_pictures=100,
+        )
+        return open_pictures(self.samples, key="samples")
+
+    def describe(self, drawn: Pictures) -> dict:
+        """What a report must say about the samples' origin.
+
+        Args:
+            drawn: what :meth:`draw` returned.
+        """
+        origin = drawn.origin or {}
         return {
             "checkpoint": str(self.folder),
-            "sha256": file_sha256(self.folder / WEIGHTS),
+            "sha256": self.identity["checkpoint_sha256"],
             "tokenizer_sha256": file_sha256(self.folder / TOKENIZER / WEIGHTS),
-            "schedule": self.schedule,
+            "schedule": self.pipeline.plan.name,
+            "schedule_config": self.identity["schedule"],
             "labels": self.labels_kind,
-            "precision": str(weights.dtype).removeprefix("torch."),
+            "precision": self.identity["dtype"],
+            "picture_size": self.pipeline.picture_size,
             "forward_passes": len(self.pipeline.plan.forwards),
+            "images_per_s": origin.get("images_per_s"),
+            "folder": str(self.samples),
             **asdict(self.sampling),
         }

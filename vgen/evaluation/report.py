@@ -74,13 +74,31 @@ def _shown(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:.1f}"
 
 
+def _print_conventions(report: Mapping, console: Any) -> None:
+    """What a reader must know to compare the numbers: network, dialect, protocol, and what speaks against comparing."""
+    extractor = report.get("extractor")
+    if not extractor:
+        return
+    console.print(f"extractor: {extractor['name']} ({extractor['file']}, sha256 {extractor['sha256'][:8]})")
+    estimator = report["estimator"]
+    if "fvd_variant" in estimator:
+        console.print(f"variant: {estimator['fvd_variant']} ({estimator['fvd_source']})")
+    else:
+        console.print(f"dialect: {estimator['dialect']}; resize: {report['pixels']['resize_mode']}")
+    if report.get("protocol"):
+        console.print(f"protocol: {report['protocol']['name']} ({report['protocol']['source']})")
+    for reason in report["why_not"]:
+        console.print(f"not comparable with published scores: {reason}")
+
+
 def print_report(report: Mapping, path: Path) -> None:
     """Show the report as one table on standard output."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(soft_wrap=True)
-    count = f"{report['n_samples']} pictures"
+    what = "clips" if report["dataset"].get("clip_frames") else "pictures"
+    count = f"{report['n_samples']} {what}"
     if report.get("n_reference"):
         count += f" against {report['n_reference']}"
     table = Table(title=f"{report['job']}: {count}", title_justify="left")
@@ -91,9 +109,7 @@ def print_report(report: Mapping, path: Path) -> None:
             spread = report["metrics"].get(f"{name}_std")
             table.add_row(name, _shown(value) + (f" +- {_shown(spread)}" if spread is not None else ""))
     console.print(table)
-    extractor = report.get("extractor")
-    if extractor:
-        console.print(f"extractor: {extractor['name']} ({extractor['file']}, sha256 {extractor['sha256'][:8]})")
+    _print_conventions(report, console)
     for name, reason in report["skipped"].items():
         console.print(f"not computed: {name} ({reason})")
     for warning in report["warnings"]:

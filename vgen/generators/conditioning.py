@@ -11,14 +11,14 @@ class ClassCondition(nn.Module):
     Args:
         num_classes: number of real classes.
         dim: width of the generator.
+        num_prefix: learned slots in front of the class (one in RAR, arXiv 2411.00776).
     """
 
-    num_slots = 1
-
-    def __init__(self, *, num_classes: int, dim: int) -> None:
+    def __init__(self, *, num_classes: int, dim: int, num_prefix: int = 0) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_slots = num_classes, num_prefix + 1
         self.embedding_table = nn.Embedding(num_classes + 1, dim)
+        self.prefix = nn.Parameter(torch.zeros(num_prefix, dim)) if num_prefix else None
 
     def forward(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embed labels.
@@ -28,11 +28,14 @@ class ClassCondition(nn.Module):
             drop: bool [B], samples that get the null class instead.
 
         Returns:
-            [B, 1, dim].
+            [B, num_slots, dim], the class last.
         """
         if drop is not None:
             condition = torch.where(drop, self.num_classes, condition)
-        return self.embedding_table(condition).unsqueeze(1)
+        embedded = self.embedding_table(condition).unsqueeze(1)
+        if self.prefix is None:
+            return embedded
+        return torch.cat([self.prefix.expand(len(embedded), -1, -1), embedded], dim=1)
 
 
 class TextCondition(nn.Module):

@@ -1,55 +1,34 @@
 """The one decoder-only transformer: it knows slots, not decode orders.
 
-With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2).
+With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
+cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
+from vgen.generators.block import Block, BlockShape
 from vgen.generators.conditioning import ClassCondition, TextCondition
-from vgen.layers.attention import Attention, View
+from vgen.generators.embedding import CodebookEmbedding, Directions, LearnedPlaces
+from vgen.generators.places import Places, mask_padding
+from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
-from vgen.layers.drop_path import DropPath
-from vgen.layers.mlp import SwiGLU, swiglu_width
-from vgen.layers.norm import RMSNorm
-from vgen.layers.rope import Placeless, rope_table
+from vgen.layers.mlp import swiglu_width
+from vgen.layers.modulation import Modulation, Modulator
+from vgen.layers.norm import NormKind, make_norm
+from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
+from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
-
-class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm x), then x + ffn(norm x)."""
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        heads: int,
-        kv_heads: int,
-        ffn_hidden: int,
-        norm_eps: float,
-        attention_dropout: float,
-        residual_dropout: float,
-        ffn_dropout: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(dim, eps=norm_eps)
-        self.attention = Attention(
-            dim=dim, heads=heads, kv_heads=kv_heads, dropout=attention_dropout, residual_dropout=residual_dropout
-        )
-        self.ffn_norm = RMSNorm(dim, eps=norm_eps)
-        self.feed_forward = SwiGLU(dim=dim, hidden=ffn_hidden, dropout=ffn_dropout)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
-        """Map x [B, F, dim]; ``layer`` indexes the cache in the view."""
-        x = x + self.drop_path(self.attention(self.attention_norm(x), view, layer))
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+AdaLNInput = Literal["condition", "step", "direction"]
 
 
 class Transformer(nn.Module):
@@ -57,20 +36,38 @@ class Transformer(nn.Module):
 
     Args:
         vocab_size: number of token ids V.
-        grid: token grid the rotary table is built for.
+        grid: token grid the position tables are built for.
         condition: module that embeds the condition (class labels or text features).
         dim: width of the residual stream.
         depth: number of blocks before the first output head.
         heads: attention heads; must divide dim into an even head width.
         kv_heads: key-value heads for grouped-query attention; null = heads.
-        ffn_hidden: inner width of the feed-forward layer; null = 8/3 dim times ``ffn_multiplier``, rounded up to a
-            multiple of ``ffn_multiple_of``.
+        ffn: ``swiglu`` (Llama) or ``gelu`` (vision transformers).
+        ffn_hidden: inner width of the feed-forward layer; null = 4 dim for gelu, for swiglu 8/3 dim times
+            ``ffn_multiplier``, rounded up to a multiple of ``ffn_multiple_of``.
         ffn_multiplier: see ffn_hidden.
         ffn_multiple_of: see ffn_hidden.
-        norm_eps: of the RMS norms.
+        norm: ``rms`` or ``layer``.
+        norm_eps: of all norms.
+        norm_affine: norms inside the blocks learn a scale.
+        final_norm_affine: norms before the output heads learn a scale.
+        bias: biases on the projections of attention and feed-forward layers.
+        head_bias: biases on the output heads.
+        qk_norm: norm of queries and keys over the head width, ``layer`` or ``rms``; null = none.
+        rope: rotary code: ``own`` place of a slot, ``own_target`` (half of the head by the place it predicts: DAR's 4D
+            code), ``none``.
         rope_base: frequency base of the rotary code.
         rope_placeless: rotation of slots without a place: ``zero`` (published weights) or ``identity``.
-        token_dropout: on the embedded sequence, condition included.
+        rope_axes: order in which the coordinates share the head, as numbers into (own axes, target axes); null =
+            in that order.
+        positions: learned absolute positions: ``none``, ``own``, ``own_target`` (RAR).
+        adaln: what modulates the blocks, any of ``condition`` (the class vector), ``step`` (number of the slot, RAR),
+            ``direction`` (move to the predicted place, DAR); empty = plain norms.
+        directions: moves by number for ``adaln=[direction]``; filled in from the schedule.
+        codebook_dim: use the tokenizer's frozen codebook of this code width, projected, as token embedding; null =
+            learn a table.
+        token_dropout: on the embedded sequence.
+        token_dropout_on: ``all`` slots or ``tokens`` alone (RandAR).
         attention_dropout: on the attention weights.
         residual_dropout: on the attention output.
         ffn_dropout: on the feed-forward output.
@@ -78,13 +75,13 @@ class Transformer(nn.Module):
         num_readouts: output heads; each after the first sits behind one more block chained to the previous one. Taken
             from the plan (``Plan.num_heads``).
         num_learned: learned slot embeddings. Taken from the plan (``Plan.num_learned``).
+        position_queries: one learned vector that asks for a token by the rotary code of its place (RandAR). Taken from
+            the plan (``Plan.has_queries``).
         gradient_checkpointing: recompute blocks in the backward pass.
 
     Raises:
-        UserError: for sizes that do not fit together.
+        UserError: for sizes or switches that do not fit together.
     """
-
-    rope: Tensor
 
     def __init__(
         self,
@@ -96,19 +93,34 @@ class Transformer(nn.Module):
         depth: int,
         heads: int,
         kv_heads: int | None = None,
+        ffn: Literal["swiglu", "gelu"] = "swiglu",
         ffn_hidden: int | None = None,
         ffn_multiplier: float | None = None,
         ffn_multiple_of: int = 256,
+        norm: NormKind = "rms",
         norm_eps: float = 1e-5,
+        norm_affine: bool = True,
+        final_norm_affine: bool = True,
+        bias: bool = False,
+        head_bias: bool = False,
+        qk_norm: NormKind | None = None,
+        rope: RopeKind = "own",
         rope_base: float = 10000.0,
         rope_placeless: Placeless = "zero",
+        rope_axes: Sequence[int] | None = None,
+        positions: Literal["none", "own", "own_target"] = "none",
+        adaln: Sequence[AdaLNInput] = (),
+        directions: Sequence[Sequence[int]] | None = None,
+        codebook_dim: int | None = None,
         token_dropout: float = 0.1,
+        token_dropout_on: Literal["all", "tokens"] = "all",
         attention_dropout: float = 0.0,
         residual_dropout: float = 0.1,
         ffn_dropout: float = 0.1,
         drop_path: float = 0.0,
         num_readouts: int = 1,
         num_learned: int = 0,
+        position_queries: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -117,40 +129,79 @@ class Transformer(nn.Module):
             raise UserError(f"generator.dim={dim} must be generator.heads={heads} times an even head width")
         if heads % kv_heads:
             raise UserError(f"generator.kv_heads={kv_heads} must divide generator.heads={heads}")
-        if rope_placeless not in ("zero", "identity"):
-            raise UserError(f"generator.rope_placeless={rope_placeless} must be zero or identity")
+        _check_choices(
+            ffn=(ffn, ("swiglu", "gelu")),
+            norm=(norm, ("rms", "layer")),
+            qk_norm=(qk_norm, (None, "rms", "layer")),
+            rope=(rope, ("own", "own_target", "none")),
+            rope_placeless=(rope_placeless, ("zero", "identity")),
+            positions=(positions, ("none", "own", "own_target")),
+            token_dropout_on=(token_dropout_on, ("all", "tokens")),
+        )
         self.vocab_size, self.grid = vocab_size, tuple(grid)
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, dim // heads
         self.num_readouts, self.num_learned = num_readouts, num_learned
         self.gradient_checkpointing = gradient_checkpointing
-        hidden = ffn_hidden or swiglu_width(dim, multiplier=ffn_multiplier, multiple_of=ffn_multiple_of)
-        blocks = depth + num_readouts - 1
+        self.told_target = positions == "own_target" or rope == "own_target"
+        self.adaln = _check_adaln(adaln, condition, directions)
+        if ffn_hidden is None:
+            swiglu = swiglu_width(dim, multiplier=ffn_multiplier, multiple_of=ffn_multiple_of)
+            ffn_hidden = swiglu if ffn == "swiglu" else 4 * dim
+        shape = BlockShape(
+            dim=dim,
+            heads=heads,
+            kv_heads=kv_heads,
+            ffn=ffn,
+            ffn_hidden=ffn_hidden,
+            norm=norm,
+            norm_eps=norm_eps,
+            norm_affine=norm_affine,
+            bias=bias,
+            qk_norm=qk_norm,
+            modulated=bool(self.adaln),
+            attention_dropout=attention_dropout,
+            residual_dropout=residual_dropout,
+            ffn_dropout=ffn_dropout,
+        )
+        blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
-        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.tok_embeddings: nn.Embedding | CodebookEmbedding
+        if codebook_dim is None:
+            self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        else:
+            self.tok_embeddings = CodebookEmbedding(vocab_size=vocab_size, codebook_dim=codebook_dim, dim=dim)
         self.learned_embeddings = nn.Embedding(num_learned, dim) if num_learned else None
-        self.token_dropout = nn.Dropout(token_dropout)
-        self.layers = nn.ModuleList(
-            Block(
-                dim=dim,
-                heads=heads,
-                kv_heads=kv_heads,
-                ffn_hidden=hidden,
-                norm_eps=norm_eps,
-                attention_dropout=attention_dropout,
-                residual_dropout=residual_dropout,
-                ffn_dropout=ffn_dropout,
-                drop_path=rate,
+        self.query_embedding = nn.Parameter(torch.randn(1, dim) * 0.02) if position_queries else None
+        self.places = (
+            None
+            if positions == "none"
+            else LearnedPlaces(
+                num_condition=condition.num_slots, num_tokens=tokens, dim=dim, target=positions == "own_target"
             )
-            for rate in torch.linspace(0, drop_path, blocks, device="cpu").tolist()
         )
-        self.norms = nn.ModuleList(RMSNorm(dim, eps=norm_eps) for _ in range(num_readouts))
-        outputs = [nn.Linear(dim, vocab_size, bias=False) for _ in range(num_readouts)]
+        self.steps = nn.Embedding(slots, dim) if "step" in self.adaln else None
+        self.directions = Directions(grid=self.grid, moves=directions, dim=dim) if directions is not None else None
+        self.token_dropout = nn.Dropout(token_dropout)
+        self.token_dropout_on = token_dropout_on
+        self.layers = nn.ModuleList(
+            Block(shape, drop_path=rate) for rate in torch.linspace(0, drop_path, blocks, device="cpu").tolist()
+        )
+        self.norms = nn.ModuleList(
+            make_norm(norm, dim, eps=norm_eps, affine=final_norm_affine) for _ in range(num_readouts)
+        )
+        self.modulations = nn.ModuleList(Modulation(dim=dim, parts=2) for _ in range(num_readouts if self.adaln else 0))
+        outputs = [nn.Linear(dim, vocab_size, bias=head_bias) for _ in range(num_readouts)]
         self.outputs = nn.ModuleList(outputs)
-        self.register_buffer(
-            "rope",
-            rope_table(self.grid, self.head_dim, base=rope_base, placeless=rope_placeless),
-            persistent=False,
+        self.rotary = Rotary(
+            kind=rope,
+            grid=self.grid,
+            head_dim=self.head_dim,
+            base=rope_base,
+            placeless=rope_placeless,
+            axes=rope_axes,
         )
+        if position_queries and rope != "own":
+            raise UserError("this schedule's position queries are told their place by generator.rope=own")
         self.apply(_initialise)
         nn.init.zeros_(outputs[0].weight)
 
@@ -167,7 +218,12 @@ class Transformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return self.tok_embeddings.weight.dtype
+        return next(self.outputs.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.outputs.parameters()).device
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this network was not built for.
@@ -177,47 +233,113 @@ class Transformer(nn.Module):
         """
         if plan.grid != self.grid:
             raise UserError(f"schedule '{plan.name}' covers the grid {plan.grid}, the generator the grid {self.grid}")
-        mine = (self.num_condition, self.num_readouts, self.num_learned)
-        needs = (plan.num_condition, plan.num_heads, plan.num_learned)
+        mine = (self.num_condition, self.num_readouts, self.num_learned, self.query_embedding is not None)
+        needs = (plan.num_condition, plan.num_heads, plan.num_learned, plan.has_queries)
         if mine != needs:
             raise UserError(
-                f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings) = {needs}, the "
-                f"generator has {mine}: it was trained for another schedule; choose that one"
+                f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings, position queries) = "
+                f"{needs}, the generator has {mine}: it was trained for another schedule; choose that one"
             )
+        if plan.any_order and not (self.told_target or plan.has_queries):
+            raise UserError(
+                f"schedule '{plan.name}' decodes in any order, so the generator must be told the place of the token it "
+                "predicts; set generator.positions=own_target or generator.rope=own_target"
+            )
+        if self.steps is not None and plan.num_slots > self.steps.num_embeddings:
+            raise UserError(
+                f"schedule '{plan.name}' has {plan.num_slots} slots, more than the {self.steps.num_embeddings} that "
+                "generator.adaln=[step] knows; leave 'step' out for orders with queries"
+            )
+        if self.directions is not None:
+            if plan.shuffled or plan.random_order is not None:
+                raise UserError(
+                    f"schedule '{plan.name}' draws random orders, whose moves are not a fixed set; leave 'direction' "
+                    "out of generator.adaln"
+                )
+            if unknown := [move for move in moves_of(plan) if move not in self.directions.moves]:
+                raise UserError(
+                    f"schedule '{plan.name}' makes the move {list(unknown[0])}, which generator.directions does not "
+                    "list: the generator was trained for another schedule"
+                )
 
-    def embed(self, ids: Tensor, condition: Tensor, feed: Feed) -> Tensor:
+    def enter(
+        self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, *, blank: Tensor | None = None, **seen: Any
+    ) -> tuple[Tensor, View]:
+        """Embedded slots [B, F, dim] and what the blocks need to know of them.
+
+        Args:
+            ids: int64 [B, N], tokens in order indices.
+            condition: [B, num_condition, dim], embedded condition.
+            feed: which slots.
+            order: int64 [N] or [B, N], raster position of every order index.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            seen: further fields of :class:`vgen.layers.attention.View`: visibility and cache.
+        """
+        places = Places.of(feed, order)
+        rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
+        return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
+
+    def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
         """Embed the slots of a feed.
 
         Args:
             ids: int64 [B, N], tokens in order indices.
             condition: [B, num_condition, dim], embedded condition.
             feed: which slots.
+            places: their raster positions.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
 
         Returns:
             [B, F, dim], after token dropout.
         """
+        everywhere = self.token_dropout_on == "all"
         parts = []
         if len(feed.conditions):
             parts.append(condition[:, feed.conditions])
-        if len(feed.tokens):
-            parts.append(self.tok_embeddings(ids[:, feed.tokens]))
+        if feed.tokens.numel():
+            tokens = self.tok_embeddings(_at(ids, feed.tokens))
+            if blank is not None:
+                tokens = tokens.masked_fill(_at(blank, feed.tokens)[..., None], 0.0)
+            parts.append(tokens if everywhere else self.token_dropout(tokens))
         if len(feed.learned):
             assert self.learned_embeddings is not None
             parts.append(self.learned_embeddings(feed.learned).expand(len(ids), -1, -1))
+        if len(feed.queries):
+            parts.append(self.ask(places.queries).expand(len(ids), -1, -1))
         out = parts[0] if len(parts) == 1 else torch.cat([part.type_as(parts[0]) for part in parts], dim=1)
         if feed.arrange is not None:
             out = out[:, feed.arrange]
-        return self.token_dropout(out)
+        if everywhere:
+            out = self.token_dropout(out)
+        if self.places is not None:
+            out = out + self.places(feed.slots, places.own, places.target, prod(self.grid))
+        return out
 
-    def rotary(self, feed: Feed, order: Tensor) -> Tensor:
-        """Rotary rows of the slots of a feed, float32 [F, head_dim / 2, 2].
+    def ask(self, positions: Tensor) -> Tensor:
+        """Query embeddings [1 or B, n, dim] of raster positions int64 [n] or [B, n]: one vector, rotated per head."""
+        assert self.query_embedding is not None
+        rope = self.rotary(positions, positions)
+        assert rope is not None
+        vector = self.query_embedding.view(1, self.heads, 1, self.head_dim)
+        return rotate(vector, rope).transpose(1, 2).flatten(2)
 
-        Args:
-            feed: which slots.
-            order: int64 [N], raster position of every order index.
-        """
-        places = torch.cat([order, order.new_full((1,), len(order))])
-        return self.rope[places[feed.position]]
+    def modulator(self, condition: Tensor, feed: Feed, places: Places) -> Modulator | None:
+        """Conditioning vectors of the slots of a feed; arguments as in :meth:`embed`."""
+        if not self.adaln:
+            return None
+        vectors, index = condition.new_zeros(1, 1, self.dim), None
+        if "condition" in self.adaln:
+            vectors = vectors + condition[:, -1:]
+        if self.steps is not None:
+            vectors = vectors + self.steps(feed.slots)
+        if self.directions is not None:
+            numbers = self.directions.number(places.own, places.target)
+            known = self.directions.embeddings.num_embeddings
+            if self.steps is None and numbers.shape[-1] > known:
+                vectors, index = vectors + self.directions.embeddings.weight, numbers
+            else:
+                vectors = vectors + self.directions.embeddings(numbers)
+        return Modulator(vectors, index)
 
     def run_blocks(self, x: Tensor, view: View) -> list[Tensor]:
         """Run all blocks.
@@ -244,25 +366,38 @@ class Transformer(nn.Module):
                 hidden.append(x)
         return hidden
 
-    def read(self, hidden: list[Tensor], read: Read, num_targets: int) -> Tensor:
+    def read(self, hidden: list[Tensor], read: Read, num_targets: int, modulator: Modulator | None) -> Tensor:
         """Logits of the targets, the mean over their reads.
 
         Args:
             hidden: one [B, F, dim] per head, from :meth:`run_blocks`.
             read: where to read.
             num_targets: number of targets D.
+            modulator: conditioning of the slots, from :meth:`modulator`.
 
         Returns:
             float32 [B, D, V].
         """
         if read.simple:
-            return self.outputs[0](self.norms[0](hidden[0][:, read.slots[0]])).float()
+            return self._head(0, hidden[0], read.slots[0], modulator)
         total = torch.zeros(len(hidden[0]), num_targets, self.vocab_size, device=hidden[0].device)
         for head, state in enumerate(hidden):
             if len(read.slots[head]):
-                logits = self.outputs[head](self.norms[head](state[:, read.slots[head]])).float()
+                logits = self._head(head, state, read.slots[head], modulator)
                 total = total.index_add(1, read.targets[head], logits * read.weights[head][:, None])
         return total
+
+    def _head(self, head: int, state: Tensor, slots: Tensor, modulator: Modulator | None) -> Tensor:
+        """Logits float32 [B, n, V] of an output head at slots int64 [n] or [B, n] of a hidden state [B, F, dim]."""
+        if slots.dim() == 1:
+            chosen = state[:, slots]
+        else:
+            chosen = state.gather(1, slots[..., None].expand(-1, -1, state.shape[-1]))
+        normal = self.norms[head](chosen)
+        if modulator is not None:
+            shift, scale = self.modulations[head](modulator.select(slots))
+            normal = normal * (1 + scale) + shift
+        return self.outputs[head](normal).float()
 
     def logits(
         self,
@@ -270,6 +405,7 @@ class Transformer(nn.Module):
         condition: Tensor,
         plan: Plan,
         *,
+        order: Tensor | None = None,
         drop: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
@@ -279,6 +415,7 @@ class Transformer(nn.Module):
             ids: int64 [B, N], raster order.
             condition: class labels int64 [B] or text features [B, num_condition, caption_dim].
             plan: decode order.
+            order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
 
@@ -287,13 +424,18 @@ class Transformer(nn.Module):
             earlier passes.
         """
         tensors = plan.on(ids.device)
-        x = self.embed(ids[:, tensors.order], self.condition(condition, drop), tensors.feed)
-        view = View(causal=tensors.causal, mask=tensors.mask, rope=self.rotary(tensors.feed, tensors.order))
+        assert order is None or plan.any_order, "an order per sample needs a plan of any order"
+        if order is None:
+            order, read, ordered = tensors.order, tensors.read, ids[:, tensors.order]
+        else:
+            read, ordered = tensors.read_in_order.reordered(order.argsort(1)), ids.gather(1, order)
+        embedded = self.condition(condition, drop)
+        x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
         if padding is not None:
             slots = torch.arange(plan.num_slots, device=ids.device)
             visible = tensors.mask if tensors.mask is not None else slots[None, :] <= slots[:, None]
             view = replace(view, causal=False, mask=mask_padding(visible, padding, slots))
-        return self.read(self.run_blocks(x, view), tensors.read, plan.num_tokens)
+        return self.read(self.run_blocks(x, view), read, plan.num_tokens, view.modulator)
 
     def step(
         self,
@@ -304,6 +446,7 @@ class Transformer(nn.Module):
         cache: KVCache,
         *,
         padding: Tensor | None = None,
+        blank: Tensor | None = None,
     ) -> Tensor:
         """One pass of the decoding loop.
 
@@ -311,9 +454,10 @@ class Transformer(nn.Module):
             ids: int64 [B, N], tokens decided so far, in order indices; the rest is not read.
             condition: [B, num_condition, dim], embedded condition.
             forward: the pass, on the device of the network.
-            order: int64 [N], raster position of every order index.
+            order: int64 [N] or [B, N], raster position of every order index.
             cache: keys and values of earlier passes; written to.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
+            blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
 
         Returns:
             float32 [B, D, V], logits of the targets of the pass.
@@ -322,19 +466,51 @@ class Transformer(nn.Module):
         if padding is not None:
             visible = mask
             if visible is None:
-                visible = torch.ones(len(forward.rows), forward.prefix, dtype=torch.bool, device=ids.device)
+                visible = torch.ones(forward.rows.shape[-1], forward.prefix, dtype=torch.bool, device=ids.device)
             mask = mask_padding(visible, padding, forward.rows)
-        view = View(
+        x, view = self.enter(
+            ids,
+            condition,
+            forward.feed,
+            order,
+            blank=blank,
             causal=False,
             mask=mask,
-            rope=self.rotary(forward.feed, order),
             cache=cache,
             rows=forward.rows,
             row_start=forward.row_start,
             prefix=forward.prefix,
         )
-        hidden = self.run_blocks(self.embed(ids, condition, forward.feed), view)
-        return self.read(hidden, forward.read, len(forward.targets))
+        return self.read(self.run_blocks(x, view), forward.read, forward.targets.shape[-1], view.modulator)
+
+    def refined(self, factor: int, *, boundary: int) -> "Transformer":
+        """The same weights on a grid ``factor`` times finer along every axis (RandAR section 8).
+
+        Args:
+            factor: how many times finer, >= 2.
+            boundary: rotary frequencies per axis that keep counting cells; the others are squeezed.
+
+        Returns:
+            A network that shares all parameters with this one.
+
+        Raises:
+            UserError: if places enter this network in another way than the rotary code of the slots' own places.
+        """
+        if (
+            self.rotary.kind != "own"
+            or self.places is not None
+            or self.steps is not None
+            or self.directions is not None
+        ):
+            raise UserError("only a generator whose places enter by rotary codes alone can be used on a finer grid")
+        fine = copy.copy(self)
+        fine._modules = dict(self._modules)
+        fine.grid = tuple(side * factor for side in self.grid)
+        fine.rotary = copy.copy(self.rotary)
+        fine.rotary._buffers = dict(self.rotary._buffers)
+        table = extrapolated_rope_table(self.grid, self.head_dim, factor=factor, boundary=boundary)
+        fine.rotary.table = table.to(self.rotary.table.device)
+        return fine
 
     def new_cache(self, batch: int, rows: int) -> KVCache:
         """An empty cache for ``batch`` sequences of ``rows`` slots."""
@@ -344,31 +520,43 @@ class Transformer(nn.Module):
             heads=self.kv_heads,
             rows=rows,
             head_dim=self.head_dim,
-            device=self.rope.device,
+            device=self.device,
             dtype=self.dtype,
         )
 
 
-def mask_padding(visible: Tensor, padding: Tensor, rows: Tensor) -> Tensor:
-    """Hide padded condition slots, which keep seeing themselves (LlamaGen section 4).
+def _at(values: Tensor, index: Tensor) -> Tensor:
+    """Values [B, N] at int64 [F], or at the samples' own [B, F]."""
+    return values[:, index] if index.dim() == 1 else values.gather(1, index)
 
-    Args:
-        visible: bool [F, P].
-        padding: bool [B, C], True = valid; condition slots occupy the first C columns.
-        rows: int64 [F], column of each query itself.
 
-    Returns:
-        bool [B, 1, F, P].
-    """
-    columns = torch.ones(len(padding), visible.shape[1], dtype=torch.bool, device=visible.device)
-    columns[:, : padding.shape[1]] = padding
-    itself = rows[:, None] == torch.arange(visible.shape[1], device=visible.device)
-    return ((visible & columns[:, None, :]) | (visible & itself)).unsqueeze(1)
+def _check_choices(**choices: tuple[object, tuple]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            words = ", ".join("null" if choice is None else choice for choice in allowed)
+            raise UserError(f"generator.{name}={value} is unknown; choose one of {words}")
+
+
+def _check_adaln(
+    adaln: Sequence[AdaLNInput],
+    condition: ClassCondition | TextCondition,
+    directions: Sequence[Sequence[int]] | None,
+) -> tuple[AdaLNInput, ...]:
+    if unknown := [name for name in adaln if name not in get_args(AdaLNInput)]:
+        raise UserError(f"generator.adaln={list(adaln)}: {unknown[0]} is unknown; choose of condition, step, direction")
+    if "condition" in adaln and not isinstance(condition, ClassCondition):
+        raise UserError("generator.adaln=[condition] takes the class vector; this generator has no class condition")
+    if ("direction" in adaln) != (directions is not None):
+        raise UserError("generator.directions lists the moves of generator.adaln=[direction]; give both or neither")
+    return tuple(adaln)
 
 
 def _initialise(module: nn.Module) -> None:
-    """Normal(0, 0.02) for every linear layer and embedding (LlamaGen section 3)."""
+    """Normal(0, 0.02) for every linear layer and embedding (LlamaGen section 3); modulations start at zero."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, Modulation):
+        nn.init.zeros_(module.linear.weight)
+        nn.init.zeros_(module.linear.bias)

@@ -43,7 +43,7 @@ class KVCache:
             layer: index of the attention layer.
             key: keys of the fed slots.
             value: values of the fed slots.
-            rows: int64 [F], rows to write.
+            rows: int64 [F] or [B, F], rows to write.
             row_start: first row if they are consecutive (written without an index), else -1.
             prefix: number of leading rows to return.
 
@@ -54,6 +54,8 @@ class KVCache:
             store = self.buffer[layer, slot]
             if row_start >= 0:
                 store[:, :, row_start : row_start + new.shape[2]] = new
+            elif rows.dim() == 2:
+                store.scatter_(2, rows[:, None, :, None].expand_as(new), new.to(store.dtype))
             else:
                 store.index_copy_(2, rows, new.to(store.dtype))
         return self.buffer[layer, 0, :, :, :prefix], self.buffer[layer, 1, :, :, :prefix]

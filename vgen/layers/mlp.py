@@ -13,21 +13,43 @@ def swiglu_width(dim: int, *, multiplier: float | None = None, multiple_of: int 
 
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x), no biases (arXiv 2002.05202).
+    """w2(silu(w1 x) * w3 x) (arXiv 2002.05202).
 
     Args:
         dim: width of the residual stream.
         hidden: inner width.
         dropout: probability on the output.
+        bias: biases on all three projections.
     """
 
-    def __init__(self, *, dim: int, hidden: int, dropout: float) -> None:
+    def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = False) -> None:
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w3 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""
         return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1 x)) with the exact GELU and dropout behind both, as in vision transformers.
+
+    Args:
+        dim: width of the residual stream.
+        hidden: inner width.
+        dropout: probability on the inner and on the outer activations.
+        bias: biases on both projections.
+    """
+
+    def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = True) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., dim] to [..., dim]."""
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))

@@ -11,6 +11,7 @@ from vgen.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adap
 from vgen.losses.blur_discriminator import LeCam
 from vgen.losses.classifier_distance import ClassifierDistance, load_convnext
 from vgen.losses.perceptual import LPIPS, load_lpips
+from vgen.pixels import frames_of
 
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
 PERCEPTUAL_LOSSES = ("lpips", "convnext", "lpips+convnext", "none")
@@ -118,6 +119,10 @@ class VQLoss:
         """Whether the adversarial terms count at global step `step` (from 1); before, the discriminator may rest."""
         return self.needs_discriminator and step >= self.adversarial_start
 
+    def judges(self, step: int) -> bool:
+        """Whether the discriminator learns at global step `step` (from 1)."""
+        return self.active(step)
+
     def generator_loss(
         self,
         pixels: Tensor,
@@ -131,7 +136,7 @@ class VQLoss:
         """Objective of the tokenizer.
 
         Args:
-            pixels: originals in [-1, 1], [B, 3, H, W].
+            pixels: originals in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W].
             reconstruction: the same shape, with gradient.
             quantizer_losses: weighted scalars to add, as in `TokenizerOutput.losses`.
             step: global step, counted from 1.
@@ -170,7 +175,7 @@ class VQLoss:
         """Objective of the discriminator, zero (with zero gradients) before `adversarial_start`.
 
         Args:
-            pixels: originals in [-1, 1], [B, 3, H, W].
+            pixels: originals in [-1, 1], [B, 3, H, W] or [B, 3, T, H, W].
             reconstruction: the same shape; gradients stop here.
             step: global step, counted from 1.
             discriminator: called once on real and once on reconstructed images.
@@ -191,6 +196,7 @@ class VQLoss:
 
     def _perceptual(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
         """Mean over the images of the perceptual distance; of both distances their weighted mean."""
+        pixels, reconstruction = frames_of(pixels), frames_of(reconstruction)
         terms: list[tuple[float, Tensor]] = []
         if self.perceptual is not None:
             terms.append((1.0, self.perceptual.to(pixels.device)(pixels, reconstruction).mean()))

@@ -4,14 +4,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
 from vgen.sampling.filters import filter_logits, pick_tokens
-from vgen.sampling.settings import Sampling
+from vgen.sampling.settings import Sampling, SpatialGuidance
+from vgen.schedules.course import Course, StaticCourse
 from vgen.schedules.plan import Plan
 
 Trace = Callable[[int, Tensor], None]
+Watch = Callable[[int, Tensor], None]
+
+
+_ORDER_STREAM, _BLANK_STREAM = 301, 302
 
 
 @torch.inference_mode()
@@ -25,8 +32,11 @@ def decode(
     padding: Tensor | None = None,
     known_ids: Tensor | None = None,
     known: Tensor | None = None,
+    order: Tensor | None = None,
+    spatial: SpatialGuidance | None = None,
     num_passes: int | None = None,
     trace: Trace | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Decode token ids.
 
@@ -42,73 +52,172 @@ def decode(
         sample_index: int64 [B], identity of each sample for the random numbers.
         padding: bool [B, num_condition], True = valid condition slot; null = all valid.
         known_ids: int64 [B, N], raster order, tokens that are given (inpainting, continuation).
-        known: bool [B, N], raster order, where known_ids is to be used.
+        known: bool [B, N], raster order, where known_ids is to be used. A plan with ``num_known`` tokens needs exactly
+            that many per sample.
+        order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own, or
+            drawn per sample where the plan says so.
+        spatial: guidance away from a branch that sees only a part of the given tokens; null = none.
         num_passes: stop after this many passes; tokens not decided are 0.
         trace: called with (pass, guided logits float32 [B, D, V]) after every pass.
+        watch: called with (pass, ids int64 [B, N] in raster order, -1 where undecided) after every pass.
 
     Returns:
         int64 [B, N], raster order.
 
     Raises:
-        UserError: if the plan does not fit the generator.
+        UserError: if the plan does not fit the generator, or the known tokens do not fit the plan.
     """
     generator.check_plan(plan)
     assert not generator.training, "decode needs generator.eval()"
-    device = condition.device
-    tensors = plan.on(device)
-    batch, total = len(condition), plan.num_tokens
-    weights = [sampling.guidance.weight(decided, total) for decided in plan.decided_before()]
-    passes = len(weights) if num_passes is None else num_passes
-    last_guided = max((index for index, weight in enumerate(weights[:passes]) if weight != 1.0), default=-1)
+    assert order is None or plan.any_order, "an order per sample needs a plan of any order"
+    device, batch, total = condition.device, len(condition), plan.num_tokens
+    sample_index = sample_index.to(device)
+    if known_ids is None or known is None:
+        known = known_ids = None
+    if order is None:
+        order = decoding_order(plan, sampling.seed, sample_index, known)
+    _check_known(plan, known)
 
-    embedded = _embed_condition(generator, condition, both=last_guided >= 0)
-    if padding is not None and last_guided >= 0:
-        padding = padding.repeat(2, 1)
-    cache = generator.new_cache(len(embedded), plan.num_rows)
-    uniform = keyed_uniform(sampling.seed, sample_index.to(device)[:, None], tensors.order)
-    ids = torch.zeros(batch, total, dtype=torch.int64, device=device)
+    # The last column takes what run-time passes write for lanes that decide nothing.
+    ids = torch.full((batch, total + 1), -1, dtype=torch.int64, device=device)
+    given, fixed = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
     if known is not None and known_ids is not None:
-        known, known_ids = known[:, tensors.order], known_ids[:, tensors.order]
+        given[:, :total], fixed[:, :total] = _ordered(known, order), _ordered(known_ids, order)
+        ids[:, : plan.num_known] = fixed[:, : plan.num_known]
+    uniform = torch.zeros(batch, total + 1, dtype=torch.float64, device=device)
+    uniform[:, :total] = keyed_uniform(sampling.seed, sample_index[:, None], order)
 
-    for index, forward in enumerate(tensors.forwards[:passes]):
-        if index == last_guided + 1 and len(embedded) > batch:
+    course = _course(plan, batch, device, order, sampling.seed, sample_index)
+    weights = [sampling.guidance.weight(decided, total) for decided in range(total + 1)]
+    visited = range(total) if plan.policy is not None else plan.decided_before()[:num_passes]
+    last_guided = max((decided for decided in visited if weights[decided] != 1.0), default=-1)
+    branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
+    blank = None if spatial is None else _blank(given[:, :total], spatial, order, sampling.seed, sample_index)
+    by_decided = torch.tensor(weights, device=device)
+
+    embedded = _embed_condition(generator, condition, branches)
+    if padding is not None:
+        padding = padding.repeat(branches, 1)
+    cache = generator.new_cache(len(embedded), plan.num_rows)
+    index = 0
+    while index != num_passes and (forward := course.next()) is not None:
+        decided = course.decided
+        if branches == 2 and isinstance(decided, int) and decided > last_guided:
+            branches = 1
             cache.narrow(batch)
             embedded = embedded[:batch]
             padding = None if padding is None else padding[:batch]
-        fed = ids if len(embedded) == batch else ids.repeat(2, 1)
-        logits = generator.step(fed, embedded, forward, tensors.order, cache, padding=padding)
-        if len(embedded) > batch:
-            logits = _guide(logits, weights[index])
+        fed, places = ids.clamp(min=0), order
+        if branches > 1:
+            fed = fed.repeat(branches, 1)
+            places = order if order.dim() == 1 else order.repeat(branches, 1)
+        logits = generator.step(fed, embedded, forward.repeated(branches), places, cache, padding=padding, blank=blank)
+        if branches > 1:
+            weight = weights[decided] if isinstance(decided, int) else by_decided[decided][:, None, None]
+            share = decided / total if isinstance(decided, int) else 0.0
+            logits = _guide(logits, branches, weight, 0.0 if spatial is None else spatial.weight(share))
         if trace is not None:
             trace(index, logits)
-        tokens = _choose(logits, uniform[:, forward.targets], sampling)
-        if known is not None and known_ids is not None:
-            tokens = torch.where(known[:, forward.targets], known_ids[:, forward.targets], tokens)
-        ids[:, forward.targets] = tokens
+        targets = forward.targets.expand(batch, -1)
+        probabilities, tokens = _choose(logits, uniform.gather(1, targets), sampling, course.needs_probabilities)
+        tokens = course.settle(tokens, probabilities)
+        if known is not None:
+            tokens = torch.where(given.gather(1, targets), fixed.gather(1, targets), tokens)
+        ids.scatter_(1, targets, tokens)
+        if watch is not None:
+            watch(index, _in_raster(ids[:, :total], order))
+        index += 1
+    return _in_raster(ids[:, :total], order).clamp(min=0)
 
-    raster = torch.empty_like(ids)
-    raster[:, tensors.order] = ids
-    return raster
+
+def decoding_order(plan: Plan, seed: int, sample_index: Tensor, known: Tensor | None = None) -> Tensor:
+    """Raster position of every order index, int64 [N], or [B, N] where the plan draws an order per sample.
+
+    Args:
+        plan: decode order.
+        seed: keys the draws.
+        sample_index: int64 [B].
+        known: bool [B, N], raster order; given tokens come first in plans of any order.
+    """
+    order = plan.on(sample_index.device).order
+    if plan.shuffled:
+        order = keyed_uniform(seed, _ORDER_STREAM, sample_index[:, None], torch.arange(len(order))).argsort(1)
+    if plan.any_order and known is not None:
+        order = order.expand(len(known), -1)
+        order = order.gather(1, (~known.gather(1, order)).long().argsort(dim=1, stable=True))
+    return order
 
 
-def _embed_condition(generator: Transformer, condition: Tensor, *, both: bool) -> Tensor:
-    """Embed the condition, followed by the null condition when both guidance branches run."""
-    if not both:
+def _check_known(plan: Plan, known: Tensor | None) -> None:
+    if not plan.num_known:
+        return
+    counts = [] if known is None else known.sum(1).unique().tolist()
+    if counts != [plan.num_known]:
+        raise UserError(
+            f"schedule '{plan.name}' expects {plan.num_known} given tokens in every sample, there are "
+            f"{', '.join(map(str, counts)) or 'none'}; set schedule.num_known to that number"
+        )
+
+
+def _course(plan: Plan, batch: int, device: torch.device, order: Tensor, seed: int, sample_index: Tensor) -> Course:
+    """Begin the walk through a plan."""
+    forwards = plan.on(device).forwards
+    if plan.policy is None:
+        return StaticCourse(forwards, plan.decided_before())
+
+    def uniform(index: Tensor, trial: Tensor, stream: int) -> Tensor:
+        return keyed_uniform(seed, sample_index[:, None], _ordered_places(order, index), trial, stream)
+
+    return plan.policy.start(forwards[0], batch, uniform)
+
+
+def _ordered_places(order: Tensor, index: Tensor) -> Tensor:
+    return order[index] if order.dim() == 1 else order.gather(1, index)
+
+
+def _ordered(values: Tensor, order: Tensor) -> Tensor:
+    """Values [B, N] in raster order, brought into the order of decoding."""
+    return values[:, order] if order.dim() == 1 else values.gather(1, order)
+
+
+def _in_raster(values: Tensor, order: Tensor) -> Tensor:
+    """Values [B, N] in the order of decoding, brought into raster order."""
+    return torch.empty_like(values).scatter_(1, order.expand_as(values), values)
+
+
+def _embed_condition(generator: Transformer, condition: Tensor, branches: int) -> Tensor:
+    """Embed the condition, followed by the null condition for every further guidance branch."""
+    if branches == 1:
         return generator.condition(condition)
-    drop = torch.zeros(2 * len(condition), dtype=torch.bool, device=condition.device)
+    drop = torch.zeros(branches * len(condition), dtype=torch.bool, device=condition.device)
     drop[len(condition) :] = True
-    return generator.condition(torch.cat([condition, condition]), drop)
+    return generator.condition(condition.repeat(branches, *([1] * (condition.dim() - 1))), drop)
 
 
-def _guide(logits: Tensor, weight: float) -> Tensor:
-    """Combine both guidance branches [2 B, D, V] into [B, D, V]."""
-    conditional, unconditional = logits.chunk(2)
-    return conditional if weight == 1.0 else unconditional + weight * (conditional - unconditional)
+def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: int, sample_index: Tensor) -> Tensor:
+    """Given tokens hidden from the third branch, bool [3 B, N] in the order of decoding."""
+    hidden = keyed_uniform(seed, _BLANK_STREAM, sample_index[:, None], order).masked_fill(~given, 2.0)
+    count = (given.sum(1, keepdim=True) * spatial.hidden).round()
+    third = hidden.argsort(1).argsort(1) < count
+    return torch.cat([torch.zeros_like(third), torch.zeros_like(third), third])
 
 
-def _choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens int64 [B, D] from logits [B, D, V]."""
+def _guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
+    """Combine two or three guidance branches [branches B, D, V] into [B, D, V]; the weight is a number or [B, 1, 1]."""
+    conditional, unconditional, *partial = logits.chunk(branches)
+    if partial:
+        return partial[0] + weight * (conditional - unconditional) + spatial * (unconditional - partial[0])
+    if isinstance(weight, float) and weight == 1.0:
+        return conditional
+    return unconditional + weight * (conditional - unconditional)
+
+
+def _choose(
+    logits: Tensor, uniform: Tensor, sampling: Sampling, with_probabilities: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The distributions [B, D, V] if wanted, and tokens int64 [B, D], from logits [B, D, V]."""
     if sampling.greedy:
-        return logits.argmax(-1)
+        tokens = logits.argmax(-1)
+        return (F.one_hot(tokens, logits.shape[-1]).float() if with_probabilities else None), tokens
     filtered = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    return pick_tokens(filtered, uniform)
+    return (filtered.double().softmax(-1) if with_probabilities else None), pick_tokens(filtered, uniform)

@@ -4,14 +4,18 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.pixels import save_grid
 from vgen.runtime import git_commit, versions, writable_folder
+from vgen.sampling.animation import animate
 from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, grid_order
+
+ANIMATION = "decode.gif"
 
 
 class Peers(Protocol):
@@ -36,6 +40,7 @@ def run_sampling(
     batch_size: int,
     fmt: str,
     grid_pictures: int,
+    animated: int = 0,
 ) -> list[Path]:
     """Sample, store and draw a grid.
 
@@ -50,6 +55,7 @@ def run_sampling(
         batch_size: samples per batch and process.
         fmt: see :class:`vgen.sampling.store.SampleStore`.
         grid_pictures: pictures on the grid; 0 = none.
+        animated: samples whose decoding is shown in ``decode.gif``; 0 = none.
 
     Returns:
         The files written.
@@ -59,6 +65,8 @@ def run_sampling(
     """
     if num_samples < 1 or batch_size < 1 or grid_pictures < 0:
         raise UserError("num_samples and batch_size must be at least 1, grid_pictures at least 0")
+    if not 0 <= animated <= 64:
+        raise UserError(f"animate={animated} must lie in 0..64: the number of samples shown in decode.gif")
     folder = writable_folder(out, "out")
     wanted = make_labels(labels, num_samples, pipeline.num_classes, seed=sampling.seed)
     size = pipeline.picture_size
@@ -71,6 +79,9 @@ def run_sampling(
     store = SampleStore(folder, create=True, **store_arguments) if peers.rank == 0 else None
     peers.barrier()
     store = store or SampleStore(folder, create=False, **store_arguments)
+    if animated and peers.rank == 0 and not (folder / ANIMATION).is_file():
+        shown = torch.arange(min(animated, num_samples))
+        animate(pipeline, wanted[shown], shown, sampling, folder / ANIMATION)
     if not store.finished:
         before = int(store.done.sum())
         start = time.perf_counter()

@@ -12,7 +12,8 @@ from vgen.generators.transformer import Transformer
 from vgen.pixels import resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
-from vgen.sampling.decode import decode
+from vgen.sampling.decode import Watch, decode
+from vgen.sampling.given import Given
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -26,13 +27,20 @@ class Pipeline:
         tokenizer: turns ids into pixels.
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
+        given: tokens that every sample keeps; null = none.
 
     Raises:
         UserError: if vocabulary, grid or plan do not fit together, or for a picture size below 1.
     """
 
     def __init__(
-        self, *, generator: Transformer, tokenizer: Tokenizer, plan: Plan, picture_size: int | None = None
+        self,
+        *,
+        generator: Transformer,
+        tokenizer: Tokenizer,
+        plan: Plan,
+        picture_size: int | None = None,
+        given: Given | None = None,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
@@ -43,11 +51,12 @@ class Pipeline:
         self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
         self.picture_size = picture_size or tokenizer.image_size
         self.num_classes = generator.condition.num_classes
+        self.given = given
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.generator.rope.device
+        return self.generator.device
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside 0..num_classes (num_classes asks for unconditional samples).
@@ -62,15 +71,21 @@ class Pipeline:
                 f"({self.num_classes} = unconditional)"
             )
 
-    def generate_ids(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
-        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]."""
+    def generate_ids(
+        self, labels: Tensor, sample_index: Tensor, sampling: Sampling, *, watch: Watch | None = None
+    ) -> Tensor:
+        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``."""
         self.check_labels(labels)
+        given = self.given
         return decode(
             self.generator,
             self.plan,
             labels.to(self.device),
             sampling=sampling,
             sample_index=sample_index.to(self.device),
+            known_ids=None if given is None else given.ids.expand(len(labels), -1),
+            known=None if given is None else given.known.expand(len(labels), -1),
+            watch=watch,
         )
 
     @torch.inference_mode()

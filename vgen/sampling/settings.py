@@ -14,12 +14,13 @@ class Guidance:
     """Classifier-free guidance: logits = uncond + w (cond - uncond), in float32.
 
     With t = share of tokens decided before the pass:
-    ``constant`` w = scale; ``linear`` w = 1 + (scale - 1) t (RandAR);
+    ``constant`` w = scale; ``linear`` w = initial + (scale - initial) t (RandAR);
     ``power-cosine`` w = 1 + (scale - 1) (1 - cos(pi t^power)) / 2 (RAR).
 
     Attributes:
         scale: guidance scale, >= 0; 1 = conditional logits alone.
         schedule: how w moves while decoding.
+        initial: first weight of linear, >= 0.
         power: exponent of power-cosine, >= 0; 0 gives w = scale throughout.
         start: tokens decided before which w = 1.
         end: tokens decided from which on w = 1; null = never. LlamaGen's cfg_interval c is end = c + 2.
@@ -27,6 +28,7 @@ class Guidance:
 
     scale: float = 1.0
     schedule: GuidanceSchedule = "constant"
+    initial: float = 1.0
     power: float = 1.0
     start: int = 0
     end: int | None = None
@@ -42,6 +44,8 @@ class Guidance:
         if self.schedule not in get_args(GuidanceSchedule):
             names = ", ".join(get_args(GuidanceSchedule))
             raise UserError(f"sampling.guidance.schedule={self.schedule} is unknown; choose one of {names}")
+        if not (math.isfinite(self.initial) and 0 <= self.initial <= 100):
+            raise UserError(f"sampling.guidance.initial={self.initial} must lie in [0, 100]")
         if not (math.isfinite(self.power) and self.power >= 0):
             raise UserError(f"sampling.guidance.power={self.power} must be a number >= 0")
         if self.start < 0 or (self.end is not None and self.end < self.start):
@@ -53,10 +57,41 @@ class Guidance:
             return 1.0
         share = decided / total
         if self.schedule == "linear":
-            return 1.0 + (self.scale - 1.0) * share
+            return self.initial + (self.scale - self.initial) * share
         if self.schedule == "power-cosine":
             return 1.0 + (self.scale - 1.0) * (1.0 - math.cos(math.pi * share**self.power)) / 2.0
         return self.scale
+
+
+@dataclass(frozen=True)
+class SpatialGuidance:
+    """Guidance of an extrapolation, away from a branch that sees a part of the given tokens (RandAR section 8).
+
+    With A = conditional, B = unconditional, C = unconditional with a part of the given tokens hidden:
+    logits = C + w (A - B) + v (B - C), where w is the class guidance and v = 1 + (scale - 1) times the share decided.
+
+    Attributes:
+        scale: last v, >= 0.
+        hidden: share of the given tokens hidden from C, in (0, 1].
+    """
+
+    scale: float = 2.5
+    hidden: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            UserError: for a value out of range, naming its key.
+        """
+        if not (math.isfinite(self.scale) and 0 <= self.scale <= 100):
+            raise UserError(f"extrapolate.spatial.scale={self.scale} must lie in [0, 100]")
+        if not 0 < self.hidden <= 1:
+            raise UserError(f"extrapolate.spatial.hidden={self.hidden} must lie in (0, 1]")
+
+    def weight(self, share: float) -> float:
+        """Weight v when a share of the tokens is known."""
+        return 1.0 + (self.scale - 1.0) * share
 
 
 @dataclass(frozen=True)

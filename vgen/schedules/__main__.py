@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ import yaml
 from torch import Tensor
 
 from vgen.errors import UserError
+from vgen.random import keyed_permutation
+from vgen.schedules.building import parse_grid
 from vgen.schedules.catalog import FOLDER, available, load_plan
-from vgen.schedules.plan import Kind, Plan, parse_grid
+from vgen.schedules.check import check_plan
+from vgen.schedules.plan import Kind, Plan
 
 EDGE_ROWS = 24
 
@@ -69,11 +73,18 @@ def describe(plan: Plan) -> dict[str, Any]:
         "largest_pass": max(len(one) for one in seen),
         "slots_fed": sum(len(forward.slots) for forward in plan.forwards),
         "exact": plan.exact,
+        "adaptive": plan.policy is not None,
+        "drawn_per_sample": plan.shuffled,
         "num_heads": plan.num_heads,
         "num_learned": plan.num_learned,
         "context_mean": every.mean().item(),
         "context_share": ((every[1:] / decided[1:].clamp(min=1)).mean().item() if len(every) > 1 else 1.0),
     }
+
+
+def example_of(plan: Plan) -> Plan:
+    """The plan as one sample decodes it: an order drawn per sample is drawn once."""
+    return replace(plan, order=keyed_permutation(plan.num_tokens, 0)) if plan.shuffled else plan
 
 
 def print_text(plan: Plan) -> None:
@@ -85,14 +96,15 @@ def print_text(plan: Plan) -> None:
     summary = Table(show_header=False, box=None)
     for label, value in (
         ("order", f"{facts['name']} on {'x'.join(map(str, plan.grid))}"),
-        ("passes", f"{facts['passes']} for {facts['tokens']} tokens"),
+        ("passes", f"{'at least ' if facts['adaptive'] else ''}{facts['passes']} for {facts['tokens']} tokens"),
         ("tokens per pass", f"{facts['tokens_per_pass']:.2f} on average, {facts['largest_pass']} at most"),
         (
             "visible context",
             f"{facts['context_mean']:.1f} tokens on average, {facts['context_share']:.1%} of the tokens decided before",
         ),
         ("decoding sees", "exactly what training saw" if plan.exact else "less than or other than what training saw"),
-        ("network needs", f"{plan.num_heads} output head(s), {plan.num_learned} learned embedding(s)"),
+        ("network needs", _needs(plan)),
+        ("order", "drawn for every sample; one example is shown" if plan.shuffled else "the same for every sample"),
     ):
         summary.add_row(label, value)
     console.print(summary)
@@ -108,6 +120,15 @@ def print_text(plan: Plan) -> None:
         context = str(low) if low == high else f"{low}-{high}"
         table.add_row(str(index), str(len(forward.slots)), str(len(seen)), context, shown)
     console.print(table)
+
+
+def _needs(plan: Plan) -> str:
+    needs = [f"{plan.num_heads} output head(s)", f"{plan.num_learned} learned embedding(s)"]
+    if plan.has_queries:
+        needs.append("position queries")
+    elif plan.any_order:
+        needs.append("to be told the place it predicts")
+    return ", ".join(needs)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,6 +148,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     try:
         plan = load_plan(given.name, parse_grid(given.grid), parse_options(given.options))
+        check_plan(plan)
+        plan = example_of(plan)
         if given.picture:
             from vgen.schedules.picture import save_picture
 

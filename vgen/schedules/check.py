@@ -1,16 +1,30 @@
-"""Properties that every plan must have; called by the tests for each schedule under configs/schedule."""
+"""Properties that every plan must have: asked before a training, and by the tests for each order."""
 
 import torch
 
+from vgen.errors import UserError
 from vgen.schedules.plan import Kind, Plan
+
+
+class ContractError(UserError):
+    """A schedule makes a plan that cannot be trained or decoded as it claims."""
 
 
 def check_plan(plan: Plan) -> None:
     """Verify a plan.
 
     Raises:
-        AssertionError: naming the first property that fails.
+        ContractError: naming the schedule and the first property that fails.
     """
+    try:
+        _check_properties(plan)
+    except AssertionError as error:
+        raise ContractError(
+            f"schedule '{plan.name}' breaks the contract of plans (vgen/schedules/plan.py): {error}"
+        ) from error
+
+
+def _check_properties(plan: Plan) -> None:
     tokens = plan.num_tokens
     assert torch.equal(plan.order.sort().values, torch.arange(tokens)), "order is not a bijection onto the grid"
     _check_slots(plan)
@@ -24,7 +38,12 @@ def check_plan(plan: Plan) -> None:
 def _check_slots(plan: Plan) -> None:
     for name in ("source", "position", "target", "level_q", "level_k"):
         assert len(getattr(plan, name)) == plan.num_slots, f"{name} has another length than kind"
-    limits = {Kind.CONDITION: plan.num_condition, Kind.TOKEN: plan.num_tokens, Kind.LEARNED: plan.num_learned}
+    limits = {
+        Kind.CONDITION: plan.num_condition,
+        Kind.TOKEN: plan.num_tokens,
+        Kind.LEARNED: plan.num_learned,
+        Kind.QUERY: plan.num_tokens,
+    }
     for kind, limit in limits.items():
         source = plan.source[plan.kind == kind]
         assert not len(source) or (source.min() >= 0 and source.max() < limit), f"source out of range for {kind.name}"
@@ -35,15 +54,19 @@ def _check_slots(plan: Plan) -> None:
     read_slots = set(plan.reads[:, 0].tolist())
     fed = {int(slot) for forward in plan.forwards for slot in forward.slots}
     assert read_slots <= fed, "a read slot is never fed"
+    if plan.any_order:
+        single = bool((torch.bincount(plan.reads[:, 2]) == 1).all()) and plan.num_heads == 1
+        assert single, "an order that may be drawn per sample needs one read per token"
 
 
 def _check_decisions(plan: Plan) -> torch.Tensor:
-    """Every order index is decided exactly once; returns the pass that decides it."""
-    step = torch.full((plan.num_tokens,), -1)
+    """Every order index is given or decided exactly once; returns the pass that decides it, -1 where given."""
+    step = torch.full((plan.num_tokens,), -2)
+    step[: plan.num_known] = -1
     for index, forward in enumerate(plan.forwards):
-        assert (step[forward.targets] == -1).all(), "a token is decided twice"
+        assert (step[forward.targets] == -2).all(), "a token is decided twice, or given and decided"
         step[forward.targets] = index
-    assert (step >= 0).all(), "a token is never decided"
+    assert (step >= -1).all(), "a token is never decided"
     return step
 
 
@@ -71,6 +94,8 @@ def _check_no_leak(plan: Plan, step: torch.Tensor) -> None:
             break
         reach |= wider
     for slot, _, target in plan.reads.tolist():
+        if target < plan.num_known:
+            continue
         latest = token_step[reach[slot]].max()
         assert latest < step[target], (
             f"slot {slot} sees a token of pass {int(latest)} but predicts one of {step[target]}"

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
-
 from vgen.errors import UserError
-from vgen.schedules.plan import Plan, check_grid
+from vgen.schedules.building import check_grid
+from vgen.schedules.plan import Plan
 from vgen.schedules.raster import raster
+from vgen.schedules.scans import scan_order
 
 
 def diagonal(*, grid: Sequence[int], num_condition: int = 1, first: Literal["right", "down"] = "right") -> Plan:
@@ -30,13 +30,5 @@ def diagonal(*, grid: Sequence[int], num_condition: int = 1, first: Literal["rig
         raise UserError(f"schedule 'diagonal' walks over height and width; the grid {sides} has not both")
     if first not in ("right", "down"):
         raise UserError(f"schedule.first={first} must be right or down")
-    height, width = sides[-2:]
-    upwards = 0 if first == "right" else 1
-    scan = []
-    for diagonal_index in range(height + width - 1):
-        rows = range(max(0, diagonal_index - width + 1), min(diagonal_index, height - 1) + 1)
-        ordered = reversed(rows) if diagonal_index % 2 == upwards else rows
-        scan += [row * width + diagonal_index - row for row in ordered]
-    frames = sides[0] if len(sides) == 3 else 1
-    order = (torch.arange(frames)[:, None] * len(scan) + torch.tensor(scan)).flatten()
+    order = scan_order("zigzag" if first == "right" else "zigzag-down", sides, key="schedule.first")
     return replace(raster(grid=sides, num_condition=num_condition), name="diagonal", order=order)

@@ -6,7 +6,8 @@ from math import prod
 
 import torch
 
-from vgen.schedules.plan import Kind, Plan, Step, check_grid, make_plan
+from vgen.schedules.building import Step, check_grid, make_plan
+from vgen.schedules.plan import Kind, Plan
 
 
 def neighboring(*, grid: Sequence[int], num_condition: int = 1) -> Plan:

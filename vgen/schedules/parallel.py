@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UserError
-from vgen.schedules.plan import Grid, Kind, Plan, Step, check_grid, make_plan
+from vgen.schedules.building import Step, check_grid, make_plan
+from vgen.schedules.plan import Grid, Kind, Plan
 
 
 def parallel(*, grid: Sequence[int], num_condition: int = 1, regions: int | Sequence[int] = 4) -> Plan:

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 MAX_SIDE = 1024
 NUMBERED_CELL = 22
 MARGIN, LEGEND, GAP = 8, 34, 8
-BACKGROUND, UNDECIDED, TEXT = (255, 255, 255), (232, 232, 232), (40, 40, 40)
+BACKGROUND, UNDECIDED, GIVEN, TEXT = (255, 255, 255), (232, 232, 232), (150, 150, 150), (40, 40, 40)
 
 
 def draw_passes(step: Tensor, grid: Grid, *, passes: int, until: int | None = None) -> "Image":
     """Draw which pass decides each cell, with a colour bar.
 
     Args:
-        step: int64 [N], pass that decides each raster position.
+        step: int64 [N], pass that decides each raster position, negative where the token is given.
         grid: token grid; frames of a (T, H, W) grid stand side by side, (L,) is one row.
         passes: number of passes, for the colours.
         until: show only cells decided up to this pass; null = all.
@@ -43,10 +43,10 @@ def draw_passes(step: Tensor, grid: Grid, *, passes: int, until: int | None = No
         frame, rest = divmod(position, rows * columns)
         row, column = divmod(rest, columns)
         x, y = MARGIN + frame * (columns * cell + GAP) + column * cell, MARGIN + row * cell
-        colour = colours[number] if number <= shown else UNDECIDED
+        colour = GIVEN if number < 0 else colours[number] if number <= shown else UNDECIDED
         border = 1 if cell > 4 else 0
         draw.rectangle((x, y, x + cell - 1 - border, y + cell - 1 - border), fill=colour)
-        if cell >= NUMBERED_CELL and number <= shown:
+        if cell >= NUMBERED_CELL and 0 <= number <= shown:
             ink = BACKGROUND if sum(colour) < 384 else TEXT
             draw.text((x + cell / 2, y + cell / 2), str(number), fill=ink, anchor="mm", font_size=10)
     _draw_legend(draw, MARGIN, rows * cell + MARGIN + 10, width, colours, shown)

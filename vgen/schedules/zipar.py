@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 
 from vgen.errors import UserError
-from vgen.schedules.plan import Plan, Step, check_grid, make_plan
+from vgen.schedules.adaptive import AdaptiveRows
+from vgen.schedules.building import Step, check_grid, make_plan
+from vgen.schedules.plan import Plan
 from vgen.schedules.raster import raster
 
 
@@ -16,6 +18,7 @@ def zipar(
     grid: Sequence[int],
     num_condition: int = 1,
     window: int = 8,
+    adaptive: bool = False,
     cache: Literal["strict", "original"] = "strict",
     overlap_first_row: bool = False,
 ) -> Plan:
@@ -30,14 +33,18 @@ def zipar(
     Args:
         grid: token grid (H, W).
         num_condition: number of condition slots.
-        window: tokens the row above is ahead, >= 1.
+        window: tokens the row above is ahead, >= 1; the smallest number where it is adaptive.
+        adaptive: the first token of a row is drawn at ``window`` and accepted only when one more token of the row above
+            does not change it (:class:`vgen.schedules.adaptive.AdaptiveRows`); at least 2 W + (H - 2) (window + 1)
+            passes.
         cache: ``strict``: a slot sees itself and known tokens only. ``original``: as the published decoder, a slot
             attends to every cache row up to its own, to provisional tokens and to rows nobody has written (zero keys
             and values, which dilute the softmax); not what the network was trained on.
         overlap_first_row: start the second row while the first is decoded (the published decoder does not).
 
     Raises:
-        UserError: for a grid that is not (H, W), a window below 1 or an unknown cache mode.
+        UserError: for a grid that is not (H, W), a window below 1, an unknown cache mode, or an adaptive window with
+            the original's cache.
     """
     sides = check_grid(grid, num_condition)
     if len(sides) != 2:
@@ -46,8 +53,12 @@ def zipar(
         raise UserError(f"schedule.window={window} must be at least 1 (the number of columns or more is plain raster)")
     if cache not in ("strict", "original"):
         raise UserError(f"schedule.cache={cache} must be strict or original")
+    if adaptive and cache != "strict":
+        raise UserError("schedule.adaptive needs schedule.cache=strict: the original decoder has no adaptive window")
     height, width = sides
     trained = raster(grid=sides, num_condition=num_condition)
+    if adaptive and window < width and height > 1:
+        return _adaptive(trained, window, overlap_first_row)
     starts = [0] + [(0 if overlap_first_row else width - window) + row * window for row in range(1, height)]
     if window >= width or starts[-1] == (height - 1) * width:
         return replace(trained, name="zipar")
@@ -71,6 +82,19 @@ def zipar(
         steps=steps,
         exact=False,
     )
+
+
+def _adaptive(trained: Plan, window: int, overlap_first_row: bool) -> Plan:
+    """Rows that start when their first token is accepted; the passes shown are those of a run that never rejects."""
+    height, width = trained.grid
+    rows = AdaptiveRows(height, width, window, trained.num_condition, overlap_first_row)
+    shortest = zipar(
+        grid=trained.grid,
+        num_condition=trained.num_condition,
+        window=window + 1,
+        overlap_first_row=overlap_first_row,
+    )
+    return replace(shortest, exact=False, num_rows=rows.num_rows, policy=rows)
 
 
 def _step(index: int, starts: list[int], width: int, num_condition: int) -> Step:

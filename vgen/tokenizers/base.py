@@ -1,4 +1,4 @@
-"""What every image tokenizer offers to the rest of the house."""
+"""What every tokenizer of pictures or clips offers to the rest of the house."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ class TokenizerOutput:
     """Result of a training forward pass.
 
     Attributes:
-        reconstruction: float32 [B, 3, H, W], nominally in [-1, 1], not clamped.
+        reconstruction: float32 [B, 3, H, W] or [B, 3, T, H, W], nominally in [-1, 1], not clamped.
         ids: int64 [B, N], token ids in raster order.
         losses: scalar terms of the quantizer, already weighted, ready to be summed.
     """
@@ -24,13 +24,18 @@ class TokenizerOutput:
 
 
 class Tokenizer(nn.Module, ABC):
-    """Turns pixels into a grid of integers and back.
+    """Turns pixels into a grid of integers and back; pixels of a video tokenizer are [B, 3, T, H, W].
 
     Attributes:
         image_size: side in pixels of the square images the tokenizer was configured for.
+        num_frames: frames of the clips it was configured for, None for pictures.
         grid: shape of the token grid at that size.
         codebook_size: number of distinct ids; ids are 0 .. codebook_size - 1.
+        training_progress: part of training done, 0..1, kept by the training loop for losses that change with it.
     """
+
+    num_frames: int | None = None
+    training_progress: float = 0.0
 
     def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int):
         super().__init__()

@@ -112,6 +112,10 @@ class VectorQuantizer(nn.Module):
         step = max(1, SEARCH_BUDGET // self.codebook_size)
         return torch.cat([self.distances(part, codes).argmin(1) for part in rows.split(step)])
 
+    def assign(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Index of the code that represents each row in the forward pass, int64 [M]."""
+        return self.nearest(rows, codes)
+
     def lookup(self, ids: Tensor) -> Tensor:
         """Codes of ids int64 [...], float32 [..., C]."""
         return F.embedding(ids, self.codebook)
@@ -130,14 +134,14 @@ class VectorQuantizer(nn.Module):
         recent = torch.cat([window, ids.to(window.dtype)])[-window.numel() :]
         window.copy_(recent)
 
-    def _entropy(self, distances: Tensor) -> Tensor:
-        """Mean entropy of the soft assignment minus the entropy of its mean (LlamaGen, after MAGVIT-v2)."""
+    def entropies(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean entropy of the soft assignment by distances [M, K], and the entropy of its mean (after MAGVIT-v2)."""
         logits = -distances / self.entropy_temperature
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         mean = probs.mean(0)
         sample_entropy = -(probs * log_probs).sum(-1).mean()
-        return sample_entropy + (mean * (mean + 1e-5).log()).sum()
+        return sample_entropy, -(mean * (mean + 1e-5).log()).sum()
 
     def forward(self, latent: Tensor) -> Quantized:
         """Quantize a latent map; in training mode also record which codes were used.
@@ -151,9 +155,10 @@ class VectorQuantizer(nn.Module):
             if self.entropy_weight > 0:
                 distances = self.distances(rows, codes)
                 ids = distances.detach().argmin(1)
-                entropy = self.entropy_weight * self._entropy(distances)
+                sample_entropy, codebook_entropy = self.entropies(distances)
+                entropy = self.entropy_weight * (sample_entropy - codebook_entropy)
             else:
-                ids = self.nearest(rows, codes)
+                ids = self.assign(rows, codes)
                 entropy = rows.new_zeros(())
             chosen = F.embedding(ids, codes)
             losses = {

@@ -151,6 +151,11 @@ class Metrics(StepCallback):
         self._log(trainer, means, trainer.global_step)
         self._paused += time.monotonic() - self._pause_began
 
+    def add(self, trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
+        """Log figures that another callback measured."""
+        self.report |= values
+        self._log(trainer, values, step)
+
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training."""
         self._paused += seconds

@@ -13,7 +13,7 @@ from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
-_CONDITION_STREAM = 102
+_CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM = 102, 103, 104
 
 
 class GeneratorModule(TrainingModule):
@@ -82,18 +82,44 @@ class GeneratorModule(TrainingModule):
         """Which samples lose their condition, bool [B]; a function of (seed, epoch, image) only."""
         return keyed_uniform(self.seed, _CONDITION_STREAM, self.current_epoch, index) < self.condition_dropout
 
+    def orders(self, index: Tensor, *, share: float, epoch: int) -> Tensor:
+        """Raster positions of every order index, int64 [B, N]: random for a share of the samples, else the plan's own.
+
+        A function of (seed, epoch, image) only.
+
+        Args:
+            index: int64 [B], images.
+            share: probability of a random order, in [0, 1].
+            epoch: keys the draws; a fixed number gives the same orders every time.
+        """
+        places = torch.arange(self.plan.num_tokens, device=index.device)
+        random = keyed_uniform(self.seed, _ORDER_STREAM, epoch, index[:, None], places).argsort(1)
+        coin = keyed_uniform(self.seed, _COIN_STREAM, epoch, index) < share
+        return torch.where(coin[:, None], random, self.plan.on(index.device).order)
+
+    def training_orders(self, index: Tensor) -> Tensor | None:
+        """Orders of a training batch; None where training follows the plan."""
+        random = self.plan.random_order
+        if random is None or (share := random.share(self.trainer.global_step)) == 0.0:
+            return None
+        return self.orders(index, share=share, epoch=self.current_epoch)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
-        ids = self.token_ids(batch)
-        logits = self.generator.logits(ids, batch["label"], self.plan, drop=self.dropped(batch["index"]))
+        ids, order = self.token_ids(batch), self.training_orders(batch["index"])
+        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, drop=self.dropped(batch["index"]))
         loss = token_cross_entropy(logits, ids)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and accuracy on held-out images, conditions kept."""
+        """Loss and accuracy on held-out images, conditions kept, in the order that decoding uses.
+
+        Where decoding draws orders, every image keeps one random order, so that losses can be compared.
+        """
         ids = self.token_ids(batch)
-        logits = self.generator.logits(ids, batch["label"], self.plan)
+        order = self.orders(batch["index"], share=1.0, epoch=0) if self.plan.shuffled else None
+        logits = self.generator.logits(ids, batch["label"], self.plan, order=order)
         self.sum_validation(len(ids), loss=token_cross_entropy(logits, ids), accuracy=token_accuracy(logits, ids))
 
     def configure_gradient_clipping(

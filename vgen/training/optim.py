@@ -31,7 +31,6 @@ def decay_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float,
     matrices: Collection[str],
-    no_decay: Sequence[str] = (),
 ) -> list[dict]:
     """Parameter groups with decay on matrices only.
 
@@ -40,18 +39,21 @@ def decay_groups(
         weight_decay: decay of the first group.
         matrices: names of the tensors with two or more dimensions (embeddings and convolutions included). They are
             given by name because sharded training flattens parameters before optimizers are built.
-        no_decay: parts of names; matrices with such a name do not decay either.
 
     Returns:
         One group with and one without decay, without empty groups.
     """
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    decaying = {name for name, _ in named if name in matrices and not any(part in name for part in no_decay)}
     groups = [
-        {"params": [p for name, p in named if name in decaying], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name not in decaying], "weight_decay": 0.0},
+        {"params": [p for name, p in named if name in matrices], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if name not in matrices], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def without_decay(matrices: Collection[str], words: Sequence[str]) -> set[str]:
+    """Names of matrices that hold none of the words, for recipes that exempt embeddings and the like by name."""
+    return {name for name in matrices if not any(word in name for word in words)}
 
 
 def adamw(
@@ -64,8 +66,8 @@ def adamw(
     no_decay: Sequence[str] = (),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW with decoupled decay on matrices only, see :func:`decay_groups`; one fused kernel on CUDA."""
-    groups = decay_groups(named_parameters, weight_decay, matrices, no_decay)
+    """AdamW with decoupled decay on matrices only, except those named by ``no_decay``; one fused kernel on CUDA."""
+    groups = decay_groups(named_parameters, weight_decay, without_decay(matrices, no_decay))
     fused = groups[0]["params"][0].is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 

@@ -12,8 +12,11 @@ from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
 from vgen.data.source import CodeSource, DataSource
 from vgen.errors import UserError
+from vgen.generators.embedding import CodebookEmbedding
 from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
+from vgen.schedules.check import check_plan
+from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Grid, Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.codebook_module import CodebookModule
@@ -133,11 +136,15 @@ def build_generator(config: Node) -> Parts:
         vocab_size=tokenizer.codebook_size,
         grid=tokenizer.grid,
         num_classes=source.num_classes,
+        codebook_dim=tokenizer.codebook.shape[1],
     )
     generator = make(network, "generator")
+    if isinstance(generator.tok_embeddings, CodebookEmbedding):
+        generator.tok_embeddings.load_codebook(tokenizer.codebook, std=task["codebook_std"])
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
     generator.check_plan(plan)
+    check_plan(plan)
     module = GeneratorModule(
         generator=generator,
         tokenizer=tokenizer,
@@ -150,7 +157,9 @@ def build_generator(config: Node) -> Parts:
     return Parts(module, source, network, {"schedule": config["schedule"], **_extra(config, source)}, release)
 
 
-def complete_generator(generator: Node, schedule: Node, *, vocab_size: int, grid: Grid, num_classes: int) -> Node:
+def complete_generator(
+    generator: Node, schedule: Node, *, vocab_size: int, grid: Grid, num_classes: int, codebook_dim: int = 0
+) -> Node:
     """Fill in what a generator takes from its tokenizer, its data and its schedule.
 
     Args:
@@ -159,6 +168,7 @@ def complete_generator(generator: Node, schedule: Node, *, vocab_size: int, grid
         vocab_size: codes of the tokenizer.
         grid: token grid of the tokenizer.
         num_classes: classes of the data.
+        codebook_dim: width of the tokenizer's codes, for ``generator.codebook_dim=auto``.
 
     Returns:
         Complete constructor arguments.
@@ -175,6 +185,11 @@ def complete_generator(generator: Node, schedule: Node, *, vocab_size: int, grid
     plan: Plan = make(schedule, "schedule")(grid=grid, num_condition=slots)
     _fill(network, "num_readouts", plan.num_heads, "generator", "the schedule's output heads")
     _fill(network, "num_learned", plan.num_learned, "generator", "the schedule's learned slots")
+    _fill(network, "position_queries", plan.has_queries, "generator", "the schedule's position queries")
+    if network.get("codebook_dim") == "auto":
+        network["codebook_dim"] = codebook_dim
+    if "direction" in network.get("adaln", ()) and network.get("directions") is None:
+        network["directions"] = [list(move) for move in moves_of(plan)]
     return network
 
 
@@ -239,6 +254,12 @@ def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
         raise UserError(
             f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; "
             "make them equal"
+        )
+    if source.num_frames != tokenizer.num_frames:
+        what = "pictures" if source.num_frames is None else f"clips of {source.num_frames} frames"
+        raise UserError(
+            f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of one "
+            "kind and length"
         )
 
 

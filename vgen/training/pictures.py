@@ -1,4 +1,4 @@
-"""Picture grids during training."""
+"""Picture grids during training; clips are shown as strips of frames."""
 
 import time
 from pathlib import Path
@@ -9,6 +9,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 
+from vgen.media import strips
 from vgen.pixels import save_grid, to_uint8
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
@@ -30,7 +31,7 @@ class Pictures(StepCallback):
         folder: where PNG files go.
         every: optimizer steps between two grids.
         count: originals per grid, or samples per class.
-        originals: pixels [count, 3, H, W] in [-1, 1] (tokenizers).
+        originals: pixels [count, 3, H, W] or [count, 3, T, H, W] in [-1, 1] (tokenizers).
         sampling: how to sample (generators).
         metrics: whose clock is stopped meanwhile.
     """
@@ -79,6 +80,8 @@ class Pictures(StepCallback):
         assert self.originals is not None
         originals = self.originals.to(module.device)
         rebuilt = module.tokenizer.reconstruct(originals)
+        if originals.dim() == 5:
+            return strips(torch.stack([to_uint8(originals), to_uint8(rebuilt)], dim=1).flatten(0, 1))
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
@@ -86,7 +89,8 @@ class Pictures(StepCallback):
         columns = min(_MOST_CLASSES, pipeline.num_classes)
         chosen = torch.arange(columns) * pipeline.num_classes // columns
         labels = chosen.repeat(self.count)
-        return pipeline.generate(labels, torch.arange(len(labels)), self.sampling), columns
+        pictures = pipeline.generate(labels, torch.arange(len(labels)), self.sampling)
+        return strips(pictures) if pictures.dim() == 5 else (pictures, columns)
 
     @staticmethod
     def _log(trainer: pl.Trainer, path: Path, step: int) -> None:

@@ -17,6 +17,7 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from vgen.data.loader import ResumableLoader, build_loader
+from vgen.data.source import DataSource
 from vgen.errors import UserError
 from vgen.runtime import git_commit, versions, writable_folder
 from vgen.training.callbacks import FiniteCheck, Metrics, Progress, SaveOnSignal
@@ -31,6 +32,7 @@ from vgen.training.checkpointing import (
 from vgen.training.parts import Parts, Source, build_parts, training_data
 from vgen.training.pictures import Pictures
 from vgen.training.releasing import FOLDER, ReleaseAtEnd, released_weights, write_release
+from vgen.training.score import Score, ScoreSettings
 from vgen.training.settings import Node, check, make, resolve, run_folder
 
 
@@ -167,7 +169,7 @@ def build_trainer(config: Node, parts: Parts, run_dir: Path) -> tuple[pl.Trainer
         )
     metrics = Metrics(every=every["log"], batch_size=images, peak_tflops=config["peak_tflops"])
     callbacks: list[pl.Callback] = vars(trainer)["callbacks"]
-    callbacks.extend(_callbacks(config, parts, run_dir, metrics))
+    callbacks.extend(_callbacks(config, parts, run_dir, metrics, trainer.strategy.root_device))
     return trainer, metrics
 
 
@@ -179,7 +181,7 @@ def _plugins() -> list[Any]:
     return plugins
 
 
-def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics) -> list[pl.Callback]:
+def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics, device: torch.device) -> list[pl.Callback]:
     """In the order in which they act after a step; checkpoints come last, when all measurements are taken."""
     every, folder = config["every"], run_dir / "checkpoints"
     callbacks: list[pl.Callback] = [FiniteCheck(folder, every=(every["log"], every["checkpoint"])), metrics]
@@ -197,6 +199,20 @@ def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics) -> l
                 count=config["pictures"],
                 originals=originals,
                 sampling=sampling,
+                metrics=metrics,
+            )
+        )
+    score = ScoreSettings(**config["score"])
+    if score.active:
+        callbacks.append(
+            Score(
+                folder,
+                settings=score,
+                source=parts.source if isinstance(parts.source, DataSource) else None,
+                sampling=make(config["sampling"], "sampling"),
+                seed=config["seed"],
+                device=device,
+                cache=str(Path(config["paths"]["cache"]) / "statistics"),
                 metrics=metrics,
             )
         )

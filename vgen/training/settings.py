@@ -83,10 +83,22 @@ def check(config: Node) -> None:
         raise UserError(f"matmul_precision={config['matmul_precision']} must be highest, high or medium")
     if config["seed"] < 0:
         raise UserError(f"seed={config['seed']} must not be negative")
+    scored = config["score"]["every_epochs"] or config["score"]["every_steps"]
+    if scored and _shards(config):
+        raise UserError(
+            "score cannot be computed with trainer=fsdp, where no process holds the whole network; use trainer=ddp, or "
+            "score the release with evaluate.py"
+        )
     if task["name"] == "tokenizer":
         _check_tokenizer(config)
     else:
         _check_generator(config)
+
+
+def _shards(config: Node) -> bool:
+    """Whether the trainer shards the network over processes."""
+    strategy = config["trainer"]["strategy"]
+    return isinstance(strategy, dict) and strategy["_target_"].startswith("vgen.training.sharding")
 
 
 def _check_tokenizer(config: Node) -> None:
@@ -97,8 +109,7 @@ def _check_tokenizer(config: Node) -> None:
         raise UserError("task=tokenizer needs a network; choose one with tokenizer=<name>")
     if config["trainer"]["precision"] in ("16-mixed", "16-true", "16"):
         raise UserError("trainer.precision=16-mixed cannot scale the two losses of task=tokenizer; use bf16-mixed")
-    strategy = config["trainer"]["strategy"]
-    if isinstance(strategy, dict) and strategy["_target_"].startswith("vgen.training.sharding"):
+    if _shards(config):
         raise UserError("trainer=fsdp shards transformer blocks, which tokenizers lack; use trainer=ddp")
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vgen.evaluation.pixel_metrics import psnr
 from vgen.losses.vq import VQLoss
-from vgen.pixels import to_uint8
+from vgen.pixels import frames_of, to_uint8
 from vgen.training.codebook_module import CodebookModule
 from vgen.training.module import MakeOptimizer
 from vgen.training.optim import LrSchedule
@@ -73,6 +73,7 @@ class TokenizerModule(CodebookModule):
         last = self.completes_step()
         # Asked before the tokenizer's step, which advances the counter.
         step = self.trainer.global_step + 1
+        self.tokenizer.training_progress = step / self.trainer.max_steps
         output = self.network(pixels, *self._text(batch))
         total, logs = self.loss.generator_loss(
             pixels,
@@ -87,7 +88,7 @@ class TokenizerModule(CodebookModule):
         self.count_codes(output.ids)
         if last:
             self.step_network()
-        if self.discriminator is not None and self.loss.active(step):
+        if self.discriminator is not None and self.loss.judges(step):
             total, logs = self.loss.discriminator_loss(
                 pixels, output.reconstruction.detach(), step=step, discriminator=self.discriminator
             )
@@ -102,7 +103,7 @@ class TokenizerModule(CodebookModule):
         output = self.network(pixels, *self._text(batch))
         # A step before any: held-out images are not judged by the discriminator, even where it takes part from 0 on.
         _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=-1)
-        quality = psnr(to_uint8(output.reconstruction), to_uint8(pixels)).mean()
+        quality = psnr(to_uint8(frames_of(output.reconstruction)), to_uint8(frames_of(pixels))).mean()
         self.sum_validation(len(pixels), loss=logs.pop("total"), psnr=quality, **logs)
         self.count_codes(output.ids)
 

@@ -1,0 +1,420 @@
+"""A fair comparison of decode orders: same tokens, same transformer, same number of training steps.
+
+    python -m benchmarks.compare_orders --data DATA --features features.pt --out runs/orders
+    python -m benchmarks.compare_orders --data DATA --features features.pt --out runs/orders --only table
+
+DATA is a folder in Hugging Face layout (CIFAR-10 for the published table). Stages, each of which is skipped where its
+result is there, so that repeating the command goes on where it stopped: ``tokenizer`` (train
+experiment=cifar10_tokenizer, unless --tokenizer names a release), ``codes`` (encode the data once, and collect the
+statistics that scores are taken against), ``train`` (one run per order, several at once), ``sweep`` (Frechet distance
+and class accuracy over guidance scales, continued upwards while the largest is the best, then the best scale again with
+more samples), ``speed`` (one plan after the other on an idle device), ``table`` (CSV, markdown and a plot).
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.frechet_sweep import open_data, pictures, statistics
+from vgen.checkpoints.release import load_pipeline, load_tokenizer
+from vgen.data.extract import cache_codes
+from vgen.errors import UserError, reported
+from vgen.evaluation.features import Extractor, load_extractor
+from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from vgen.runtime import pick_device, versions
+from vgen.sampling.decode import decode
+from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
+from vgen.sampling.settings import Guidance, Sampling
+from vgen.schedules.catalog import FOLDER
+
+ROOT = Path(__file__).parents[1]
+LARGEST_SCALE = 16.0
+STAGES = ("tokenizer", "codes", "train", "sweep", "speed", "table")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One training and the plans its network decodes by.
+
+    Attributes:
+        schedule: name of the schedule trained with.
+        options: its options.
+        overrides: further words of the training command.
+        plans: label -> (schedule, options) to decode with.
+    """
+
+    schedule: str
+    options: dict[str, Any] = field(default_factory=dict)
+    overrides: Sequence[str] = ()
+    plans: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
+
+
+ORDERS = {
+    "raster": Order(
+        "raster",
+        plans={
+            "raster": ("raster", {}),
+            "zipar-4": ("zipar", {"window": 4}),
+            "zipar-2": ("zipar", {"window": 2}),
+            "zipar-2-adaptive": ("zipar", {"window": 2, "adaptive": True}),
+        },
+    ),
+    "diagonal": Order("diagonal", plans={"diagonal": ("diagonal", {})}),
+    "neighboring": Order("neighboring", plans={"neighboring": ("neighboring", {})}),
+    "parallel-4": Order("parallel", {"regions": 4}, plans={"parallel-4": ("parallel", {"regions": 4})}),
+    "random": Order(
+        "randar",
+        plans={
+            "random": ("randar", {}),
+            "random-24": ("randar", {"steps": 24}),
+            "random-15": ("randar", {"steps": 15}),
+        },
+    ),
+    "rar": Order(
+        "rar",
+        # Random orders for half of the training, annealed to raster at three quarters, as published.
+        {"anneal_start": "half", "anneal_end": "three_quarters"},
+        ("generator.positions=own_target",),
+        {"rar": ("rar", {})},
+    ),
+}
+
+
+class Comparison:
+    """The stages over one output folder."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out = Path(arguments.out)
+        self.orders = {name: ORDERS[name] for name in arguments.orders}
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+
+    def _check_same(self) -> None:
+        """Refuse to go on with other settings in the same folder: the rows would not be comparable."""
+        names = ("data", "features", "tokenizer", "steps", "samples", "final", "scales", "set")
+        mine = {name: getattr(self.arguments, name) for name in names}
+        path = self.out / "settings.json"
+        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
+            other = [name for name in mine if theirs.get(name) != mine[name]]
+            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
+        if self.arguments.part is None:
+            path.write_text(json.dumps(mine, indent=1))
+
+    # Training
+
+    @property
+    def tokenizer_release(self) -> Path:
+        """Release of the tokenizer, given or trained here."""
+        given = self.arguments.tokenizer
+        return Path(given) if given else self.out / "tokenizer" / "release"
+
+    def tokenizer(self) -> None:
+        """Train the tokenizer with its own recipe."""
+        if not self.tokenizer_release.is_dir():
+            self._train("tokenizer", ["experiment=cifar10_tokenizer", f"data.path={self.arguments.data}"], device=0)
+
+    def codes(self) -> None:
+        """Encode the data once for all orders, and collect the feature statistics scores are taken against."""
+        folder, reference, device = self.out / "codes", self.out / "reference.pt", pick_device()
+        if (folder / "done").is_file() and reference.is_file():
+            return
+        source, tokenizer = open_data(self.arguments.data), load_tokenizer(self.tokenizer_release).to(device)
+        cache_codes(source, tokenizer, folder, augmentation="flip", batch_size=1000, device=device, seed=0)
+        (folder / "done").touch()
+        extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
+        train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
+        self.add("floor", {"fd_held_out": frechet_distance(test, train)})
+        torch.save(vars(train), reference)
+
+    def options_of(self, order: Order) -> dict[str, Any]:
+        """Options of a training's schedule; parts of the training become steps."""
+        parts = {"half": self.arguments.steps // 2, "three_quarters": self.arguments.steps * 3 // 4}
+        return {key: parts.get(value, value) for key, value in order.options.items()}
+
+    def train(self) -> None:
+        """Train every order that has no release yet, ``--jobs`` at once per device."""
+        missing = [name for name in self.orders if not (self.out / name / "release").is_dir()]
+        slots: Queue[int] = Queue()
+        for _ in range(self.arguments.jobs):
+            for device in range(max(1, torch.cuda.device_count())):
+                slots.put(device)
+
+        def run(name: str) -> None:
+            order, device = self.orders[name], slots.get()
+            words = [
+                "experiment=cifar10_orders",
+                f"schedule={order.schedule}",
+                *(f"schedule.{key}={value}" for key, value in self.options_of(order).items()),
+                f"data.path={self.out / 'codes'}",
+                f"task.tokenizer={self.tokenizer_release}",
+                f"trainer.max_steps={self.arguments.steps}",
+                *order.overrides,
+            ]
+            try:
+                self._train(name, words, device=device)
+            finally:
+                slots.put(device)
+
+        with ThreadPoolExecutor(max_workers=max(1, slots.qsize())) as pool:
+            list(pool.map(run, missing))
+
+    def _train(self, name: str, words: list[str], *, device: int) -> None:
+        """Run train.py in a process of its own, its words on the screen and in a log."""
+        folder = self.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "train.py", *words, f"run_name={name}", f"run_dir={folder}", *self.arguments.set]
+        start = time.perf_counter()
+        with (folder / "train.log").open("a") as log:
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=_only_device(device)).returncode
+        if status:
+            tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
+            raise UserError(f"training '{name}' failed with status {status}:\n{tail}")
+        print(f"{name}: trained in {time.perf_counter() - start:.0f} s", flush=True)
+
+    # Scores
+
+    def plans(self) -> list[tuple[str, str, dict[str, Any]]]:
+        """(label, training, schedule configuration) of every decode."""
+        found = []
+        for name, order in self.orders.items():
+            for label, (schedule, options) in order.plans.items():
+                config = yaml.safe_load((FOLDER / f"{schedule}.yaml").read_text())
+                found.append((label, name, config | self.options_of(Order(schedule, options))))
+        return found
+
+    def pipeline(self, training: str, schedule: dict[str, Any], device: torch.device) -> Pipeline:
+        """A trained order, ready to decode by a plan."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        release = self.out / training / "release"
+        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule)
+
+    def rows(self, stage: str) -> list[dict[str, Any]]:
+        """Finished measurements of a stage."""
+        path = self.out / f"{stage}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def add(self, stage: str, row: dict[str, Any]) -> None:
+        """Keep a measurement."""
+        with (self.out / f"{stage}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+    def sweep(self) -> None:
+        """Every plan at every scale, then the best scale with more samples; plans are shared out over processes."""
+        part, parts = self.arguments.part, max(1, torch.cuda.device_count()) * self.arguments.jobs
+        if part is None and parts > 1:
+            words = [sys.executable, "-m", "benchmarks.compare_orders", *sys.argv[1:], "--only", "sweep"]
+            children = []
+            for i in range(parts):
+                command = [*words, "--part", str(i), str(parts)]
+                children.append(subprocess.Popen(command, cwd=ROOT, env=_only_device(i)))
+            if any([child.wait() for child in children]):
+                raise UserError("a part of the sweep failed; its message stands above; repeat the command to go on")
+            return
+        first, step = part or (0, 1)
+        reference = Gaussian(**torch.load(self.out / "reference.pt", weights_only=True))
+        for plan in self.plans()[first::step]:
+            self._sweep_plan(*plan, reference, pick_device())
+
+    def _sweep_plan(
+        self, label: str, training: str, schedule: dict[str, Any], reference: Gaussian, device: torch.device
+    ) -> None:
+        done = {(row["plan"], row["scale"], row["samples"]): row for row in self.rows("sweep")}
+        pipeline = self.pipeline(training, schedule, device)
+        extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
+        rows = []
+        for scale in self.arguments.scales:
+            key = (label, scale, self.arguments.samples)
+            row = done.get(key)
+            rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
+        while (
+            (best := min(rows, key=lambda row: row["fd"])["scale"]) == max(row["scale"] for row in rows) < LARGEST_SCALE
+        ):
+            # The best scale must lie inside what was tried, or the order that likes guidance most is wronged.
+            scale = best * 1.5
+            row = done.get((label, scale, self.arguments.samples))
+            rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
+        if (label, best, self.arguments.final) not in done:
+            self._score(label, pipeline, extractor, reference, best, self.arguments.final)
+
+    def _score(
+        self, label: str, pipeline: Pipeline, extractor: Extractor, reference: Gaussian, scale: float, samples: int
+    ) -> dict[str, Any]:
+        labels = make_labels("balanced", samples, pipeline.num_classes, seed=0)
+        sampling = Sampling(guidance=Guidance(scale=scale))
+        collected, hits = FeatureStatistics(extractor.dim, extractor.device), 0
+        for batch in sample_stream(pipeline, labels, sampling, batch_size=self.arguments.batch_size):
+            features, logits = extractor(batch.images)
+            collected.update(features)
+            if logits is not None:
+                hits += int((logits.argmax(-1).cpu() == batch.labels).sum())
+        fd = frechet_distance(collected.gaussian(), reference)
+        row = {"plan": label, "scale": scale, "samples": samples, "fd": fd, "accuracy": hits / samples}
+        self.add("sweep", row)
+        return row
+
+    def speed(self) -> None:
+        """Images/s of every plan alone on the device, tokens only, guidance on, median of three after a warm-up."""
+        device = pick_device()
+        done = {row["plan"] for row in self.rows("speed")}
+        for label, training, schedule in self.plans():
+            if label in done:
+                continue
+            pipeline = self.pipeline(training, schedule, device)
+            size = self.arguments.batch_size
+            labels, index = make_labels("balanced", size, pipeline.num_classes, seed=0), torch.arange(size)
+            sampling = Sampling(guidance=Guidance(scale=2.0))
+            seconds = [timed(partial(pipeline.generate_ids, labels, index, sampling), device) for _ in range(4)]
+            passes: list[int] = []
+            decode(
+                pipeline.generator,
+                pipeline.plan,
+                labels[:100].to(device),
+                sampling=sampling,
+                sample_index=index[:100],
+                watch=lambda number, _, seen=passes: seen.append(number),
+            )
+            self.add(
+                "speed",
+                {
+                    "plan": label,
+                    "images_per_s": size / sorted(seconds[1:])[1],
+                    "batch": size,
+                    "passes": len(passes),
+                    "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                },
+            )
+
+    # Results
+
+    def table(self) -> None:
+        """orders.csv, orders.md and orders.png from the rows so far."""
+        finals = {row["plan"]: row for row in self.rows("sweep") if row["samples"] == self.arguments.final}
+        speeds = {row["plan"]: row for row in self.rows("speed")}
+        table = []
+        for label, training, _ in self.plans():
+            if label in finals:
+                row, fast = finals[label], speeds.get(label, {})
+                passes, rate = fast.get("passes"), fast.get("images_per_s")
+                table.append(
+                    {
+                        "plan": label,
+                        "trained": training,
+                        "passes": passes,
+                        "images_per_s": rate,
+                        "fd": row["fd"],
+                        "accuracy": row["accuracy"],
+                        "scale": row["scale"],
+                    }
+                )
+        if not table:
+            print("no plan has been scored yet")
+            return
+        with (self.out / "orders.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+        lines = ["| plan | trained as | passes | images/s | FD | accuracy | scale |", "|---|---|---|---|---|---|---|"]
+        for row in table:
+            rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
+            lines.append(
+                f"| {row['plan']} | {row['trained']} | {row['passes']} | {rate} | {row['fd']:.2f} | "
+                f"{row['accuracy']:.1%} | {row['scale']:g} |"
+            )
+        (self.out / "orders.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        plot(table, self.rows("sweep"), self.arguments.samples, self.out / "orders.png")
+
+
+def _only_device(index: int) -> dict[str, str]:
+    """The environment of a process that sees one device."""
+    count = torch.cuda.device_count()
+    return dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": str(index % count)} if count else {})
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def plot(table: list[dict[str, Any]], sweep: list[dict[str, Any]], samples: int, path: Path) -> None:
+    """Distance over guidance scale, and distance over passes, one colour per plan."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    for row in table:
+        points = sorted((r["scale"], r["fd"]) for r in sweep if r["plan"] == row["plan"] and r["samples"] == samples)
+        (line,) = left.plot(*zip(*points, strict=True), marker=".", label=row["plan"])
+        passes = row["passes"] or 0
+        right.scatter(passes, row["fd"], color=line.get_color(), zorder=3)
+        right.annotate(row["plan"], (passes, row["fd"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    left.set(xlabel="guidance scale", ylabel=f"Frechet distance, {samples} samples", yscale="log")
+    right.set(xlabel="forward passes", ylabel="Frechet distance at the best scale", yscale="log")
+    left.legend(fontsize=7)
+    for axes in (left, right):
+        axes.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder in Hugging Face layout")
+    parser.add_argument("--features", required=True, help="TorchScript extractor of (features, class logits)")
+    parser.add_argument("--out", required=True, help="where runs and results go; repeating the command goes on there")
+    parser.add_argument("--tokenizer", help="tokenizer release; without it one is trained")
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    parser.add_argument("--steps", type=int, default=6000, help="training steps per order")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once per device")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
+    parser.add_argument("--samples", type=int, default=10000, help="per guidance scale")
+    parser.add_argument("--final", type=int, default=50000, help="at the best scale")
+    parser.add_argument("--batch-size", type=int, default=1000)
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
+    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stages that were asked for."""
+    given = parse(arguments)
+    with reported():
+        comparison = Comparison(given)
+        for stage in STAGES:
+            if stage in given.only:
+                start = time.perf_counter()
+                getattr(comparison, stage)()
+                print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
+        if given.part is None:
+            (comparison.out / "versions.json").write_text(json.dumps(versions()))
+
+
+if __name__ == "__main__":
+    main()

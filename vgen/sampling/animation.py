@@ -1,0 +1,78 @@
+"""A real decode as an animation: pictures growing cell by cell, beside the order that decides them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from vgen.errors import UserError
+from vgen.pixels import to_uint8
+from vgen.sampling.pipeline import Pipeline
+from vgen.sampling.settings import Sampling
+from vgen.schedules.picture import draw_passes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MOST_FRAMES, FRAME_MS, SIDE, GREY = 96, 120, 128, 200
+
+
+@torch.inference_mode()
+def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: Sampling, path: Path) -> Path:
+    """Decode samples and write a GIF of it.
+
+    Cells that are not decided yet are grey, where tokens lie on the picture. The order shown is that of the first
+    sample. Long decodes are shown in at most 96 frames.
+
+    Args:
+        pipeline: what to decode with.
+        labels: int64 [B].
+        sample_index: int64 [B].
+        sampling: settings.
+        path: file to write, ``.gif``.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    from PIL import Image
+
+    states: list[Tensor] = []
+    pipeline.generate_ids(labels, sample_index, sampling, watch=lambda _, ids: states.append(ids.clone()))
+    passes = len(states)
+    undecided = torch.stack([state[0] < 0 for state in states])
+    step = undecided.sum(0).cpu()
+    shown = sorted({round(i * (passes - 1) / max(1, MOST_FRAMES - 1)) for i in range(MOST_FRAMES)})
+    frames = []
+    for number in shown:
+        pictures = _pictures(pipeline, states[number])
+        order = draw_passes(step, pipeline.plan.grid, passes=passes, until=number)
+        height = max(order.height, pictures.height)
+        frame = Image.new("RGB", (order.width + pictures.width + 8, height), (255, 255, 255))
+        frame.paste(order, (0, (height - order.height) // 2))
+        frame.paste(pictures, (order.width + 8, (height - pictures.height) // 2))
+        frames.append(frame)
+    times = [FRAME_MS] * (len(frames) - 1) + [FRAME_MS + 2000]
+    try:
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); free space or choose another out") from error
+    return path
+
+
+def _pictures(pipeline: Pipeline, ids: Tensor) -> "Image":
+    """What is decided so far, as one PIL picture of a grid."""
+    from PIL import Image
+
+    pixels = to_uint8(pipeline.tokenizer.decode(ids.clamp(min=0))).cpu()
+    grid = pipeline.plan.grid
+    if len(grid) == 2:
+        hidden = (ids < 0).view(-1, 1, *grid).cpu()
+        cell = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
+        hidden = hidden.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)
+        pixels = pixels.masked_fill(hidden, GREY)
+    scale = max(1, SIDE // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    sheet = make_grid(pixels, nrow=max(1, round(len(pixels) ** 0.5)), padding=4, pad_value=255)
+    return Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
