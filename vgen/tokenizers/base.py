@@ -54,6 +54,10 @@ class Autoencoder(nn.Module, ABC):
     def decode(self, code: Tensor) -> Tensor:
         """What :meth:`encode` gave to float32 pixels [B, 3, H, W], not clamped."""
 
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Encode and decode pixels in [-1, 1] [B, 3, H, W]; float32 of the same shape, not clamped."""
+        return self.decode(self.encode(pixels))
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode with a gradient path and decode."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
+from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
 from vgen.data.source import CodeSource, DataSource, ImageDataset
@@ -20,10 +21,19 @@ from vgen.schedules.plan import Grid, Plan
 from vgen.tokenizers.autoencoder_kl import AutoencoderKL
 from vgen.tokenizers.base import Autoencoder, Tokenizer
 from vgen.tokenizers.flextok import FlexTok
+from vgen.tokenizers.titok import TiTok
 from vgen.training.flextok_module import FlexTokModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
+from vgen.training.proxy_module import ProxyModule
 from vgen.training.settings import Node, make
+from vgen.training.titok_parts import (
+    complete_from_release,
+    complete_with_teacher,
+    load_start,
+    load_teacher,
+    load_text_features,
+)
 from vgen.training.tokenizer_module import TokenizerModule
 
 Source = DataSource | CodeSource
@@ -64,25 +74,55 @@ def build_parts(config: Node) -> Parts:
 
 
 def build_tokenizer(config: Node) -> Parts:
-    """Parts of ``task=tokenizer`` and ``task=vae``."""
-    task = config["task"]
-    wanted = AutoencoderKL if task["name"] == "vae" else Tokenizer
-    tokenizer = _network(config, wanted)
+    """Parts of ``task=tokenizer`` and ``task=vae`` and, where a teacher is named, of ``task=titok_stage1``."""
+    if "teacher" in config["task"]:
+        return build_first_stage(config)
+    task, network = config["task"], config["tokenizer"]
+    if task["init_from"] is not None:
+        network = complete_from_release(network, task["init_from"])
+    tokenizer = _network(config, network, AutoencoderKL if task["name"] == "vae" else Tokenizer)
+    source = _pictures(config, tokenizer)
+    if task["init_from"] is not None:
+        load_start(tokenizer, task["init_from"])
     loss = make(task["loss"], "task.loss")
     discriminator = make(task["discriminator"], "task.discriminator") if loss.needs_discriminator else None
+    discriminator_lr = task["discriminator_lr_schedule"]
     module = TokenizerModule(
         tokenizer=tokenizer,
         discriminator=discriminator,
         loss=loss,
         optimizer=make(task["optimizer"], "task.optimizer"),
         discriminator_optimizer=make(task["discriminator_optimizer"], "task.discriminator_optimizer"),
+        discriminator_lr_schedule=discriminator_lr and make(discriminator_lr, "task.discriminator_lr_schedule"),
+        text_features=load_text_features(task["text_features"], tokenizer, source.num_classes),
         accumulate=task["accumulate"],
         compile_network=task["compile"],
+        train_only=task["train_only"],
         kind=task["name"],
         **_shared(config),
     )
+    return Parts(module, source, network, _extra(config, source), None)
+
+
+def build_first_stage(config: Node) -> Parts:
+    """Parts of ``task=titok_stage1``."""
+    task = config["task"]
+    teacher = load_teacher(task["teacher"])
+    network = complete_with_teacher(config["tokenizer"], teacher)
+    tokenizer = _network(config, network, TiTok)
+    assert isinstance(tokenizer, TiTok)
     source = _pictures(config, tokenizer)
-    return Parts(module, source, config["tokenizer"], _extra(config, source), None)
+    add_pixel_decoder(tokenizer, teacher)
+    module = ProxyModule(
+        tokenizer=tokenizer,
+        teacher=teacher,
+        quantizer_weight=task["quantizer_weight"],
+        optimizer=make(task["optimizer"], "task.optimizer"),
+        accumulate=task["accumulate"],
+        compile_network=task["compile"],
+        **_shared(config),
+    )
+    return Parts(module, source, network, _extra(config, source), None)
 
 
 def build_flextok(config: Node) -> Parts:
@@ -95,7 +135,7 @@ def build_flextok(config: Node) -> Parts:
     source = _pictures(config, vae)
     if task["measure_scale"]:
         network["vae"]["scaling_factor"] = measured_scale(vae, source.train)
-    tokenizer = _network({**config, "tokenizer": network}, FlexTok)
+    tokenizer = _network(config, network, FlexTok)
     assert isinstance(tokenizer, FlexTok)
     tokenizer.vae.load_state_dict(vae.state_dict())
     repa = make(task["repa"], "task.repa", dim=tokenizer.decoder.dim) if task["repa"]["weight"] > 0 else None
@@ -144,8 +184,8 @@ def _same_vae(configured: Node, released: Node) -> Node:
     return {**released}
 
 
-def _network(config: Node, wanted: type[Autoencoder]) -> Autoencoder:
-    network = make(config["tokenizer"], "tokenizer")
+def _network(config: Node, arguments: Node, wanted: Any) -> Autoencoder:
+    network = make(arguments, "tokenizer")
     if not isinstance(network, wanted):
         raise UserError(
             f"task={config['task']['name']} trains a {wanted.__name__}, tokenizer._target_ is a "
@@ -170,6 +210,8 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} does not exist; train a tokenizer first and give its release folder")
     read_config(release, "tokenizer")
     tokenizer = load_tokenizer(release)
+    if not tokenizer.codebook_size:
+        raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
     network = complete_generator(

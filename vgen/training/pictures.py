@@ -14,10 +14,10 @@ from vgen.pixels import save_grid, to_uint8
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.training.callbacks import Metrics, StepCallback
+from vgen.training.codebook_module import CodebookModule
 from vgen.training.flextok_module import FlexTokModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
-from vgen.training.tokenizer_module import TokenizerModule
 
 _READABLE = 512  # pixels; smaller grids are magnified
 _MOST_CLASSES = 10
@@ -70,14 +70,14 @@ class Pictures(StepCallback):
         module.network.eval()
         try:
             with torch.no_grad(), module.averaged_weights():
-                if isinstance(module, TokenizerModule | FlexTokModule):
+                if isinstance(module, CodebookModule | FlexTokModule):
                     return self._reconstruct(module)
                 assert isinstance(module, GeneratorModule)
                 return self._sample(module)
         finally:
             module.network.train(training)
 
-    def _reconstruct(self, module: TokenizerModule | FlexTokModule) -> tuple[Tensor, int]:
+    def _reconstruct(self, module: CodebookModule | FlexTokModule) -> tuple[Tensor, int]:
         assert self.originals is not None
         originals = self.originals.to(module.device)
         rebuilt = module.reconstruct(originals)
