@@ -1,6 +1,9 @@
 """Bytes and floating-point operations that decoding and training must spend, and the ceilings of a device."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -111,21 +114,23 @@ def training_flops(generator: Transformer, plan: Plan, batch: int) -> float:
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure the rate of a large copy and of a large matrix product on random data."""
     on_gpu = device.type == "cuda"
-    side = 8192 if on_gpu else 256
-    source = torch.randn((2**30 if on_gpu else 2**20), device=device, dtype=torch.float32)
+    size, side = (2**32, 8192) if on_gpu else (2**22, 256)
+    return Ceilings(_copy_rate(size, device), _product_rate(side, device, dtype))
+
+
+def _copy_rate(size: int, device: torch.device) -> float:
+    source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    copy_s = median_seconds(lambda: target.copy_(source), device, repeats=7)
-    rate = 2 * source.numel() * 4 / copy_s
-    del source, target
+    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats=7)
+
+
+def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product_s = median_seconds(lambda: a @ b, device, repeats=15)
-    return Ceilings(rate, 2 * side**3 / product_s)
+    return 2 * side**3 / median_seconds(lambda: a @ b, device, repeats=15)
 
 
-def median_seconds(work, device: torch.device, *, repeats: int, warmup: int = 2) -> float:
+def median_seconds(work: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int = 2) -> float:
     """Median time of a call, by device events on a GPU."""
-    import time
-
     for _ in range(warmup):
         work()
     times = []

@@ -68,7 +68,7 @@ class Block(nn.Module):
 
         The attention itself stays out: its prefix has another length in every pass.
         """
-        options = {"emulate_precision_casts": True}
+        options: dict[str, Any] = {"emulate_precision_casts": True}
         self._compiled = (
             torch.compile(self.before, dynamic=True, options=options),
             torch.compile(self.behind, dynamic=True, options=options),

@@ -224,7 +224,7 @@ class Transformer(nn.Module):
 
     def compile_decoding(self) -> None:
         """Compile every block for decoding, in place; sums of bfloat16 products may round differently from then on."""
-        for block in self.layers:
+        for block in self._blocks():
             block.compile_decoding()
 
     @property
@@ -235,7 +235,10 @@ class Transformer(nn.Module):
     @property
     def drops_attention(self) -> bool:
         """Whether training drops attention weights."""
-        return any(block.attention.dropout > 0 for block in self.layers)
+        return any(block.attention.dropout > 0 for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
 
     @property
     def dtype(self) -> torch.dtype:

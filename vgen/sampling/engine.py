@@ -102,6 +102,7 @@ class Decoder:
         self.recorded = plan.policy is None and engine != "eager" and (on_cuda or record is not None)
         self._record, self._largest = record or record_graph, largest
         self._recordings: dict[tuple, Recording | None] = {}
+        self._too_large: set[tuple] = set()
         self._located: list[Located] | None = None
         if engine == "compiled":
             generator.compile_decoding()
@@ -128,10 +129,19 @@ class Decoder:
             return self._run(request, sampling, spatial, watch)
         shapes = tuple((name, value.shape, value.dtype) for name, value in request.tensors().items())
         key = (shapes, replace(sampling, seed=0), spatial)
-        if key not in self._recordings:
+        if key not in self._recordings or key in self._too_large:
             self._recordings[key] = None
             return self._run(request, sampling, spatial)
-        recording = self._recordings.pop(key) or self._make(request, sampling, spatial)
+        recording = self._recordings.pop(key)
+        if recording is None:
+            try:
+                recording = self._make(request, sampling, spatial)
+            except torch.OutOfMemoryError:
+                self._too_large.add(key)
+        if recording is None:
+            # A recording holds its memory beside what else is in use; without one the batch still fits.
+            self.forget()
+            return self._run(request, sampling, spatial)
         self._recordings[key] = recording
         return recording.run(request)
 
