@@ -93,6 +93,42 @@ def test_run_time_orders_are_never_recorded():
     assert not decoder.recorded
 
 
+def test_a_recording_that_does_not_fit_is_done_without():
+    plan, tries = PLANS["raster"], []
+    generator = tiny_generator(plan)
+
+    def full(run, device):
+        tries.append(run)
+        raise torch.OutOfMemoryError("out of memory")
+
+    decoder = Decoder(generator, plan, engine="graph", record=full)
+    for seed in range(4):
+        shared = {"sampling": Sampling(seed=seed), "sample_index": torch.arange(3)}
+        assert torch.equal(decoder(LABELS, **shared), decode(generator, plan, LABELS, **shared))
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("name", ["neighboring", "zipar"])
+def test_compiled_blocks_compute_the_same_and_compile_few_times(name, monkeypatch):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, dynamic=dynamic, backend=counting))
+    plan = PLANS[name]
+    generator = tiny_generator(plan)
+    shared = {"sampling": Sampling(seed=1, guidance=Guidance(scale=2.0)), "sample_index": torch.arange(3)}
+    expected = decode(generator, plan, LABELS, **shared)
+    decoder = Decoder(generator, plan, engine="compiled", record=rerun)
+    for _ in range(2):
+        assert torch.equal(decoder(LABELS, **shared), expected)
+    assert 0 < len(graphs) <= 8
+
+
 def test_engines_that_are_not_there():
     generator = tiny_generator(PLANS["raster"])
     with pytest.raises(UserError, match="engine=fast"):

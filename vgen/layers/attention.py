@@ -117,14 +117,14 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
-        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        query, key, value = (
-            part.view(batch, fed, -1, self.head_dim).transpose(1, 2) for part in self.wqkv(x).split(sizes, dim=-1)
-        )
+        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim).transpose(1, 2)
+        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
+            query, key = both.split([self.heads, self.kv_heads], dim=1)
+            both = torch.cat([self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)], dim=1)
         if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+            both = rotate(both, rope)
+        query, key = both.split([self.heads, self.kv_heads], dim=1)
         return query, key, value
 
     def look(self, query: Tensor, key: Tensor | None, value: Tensor | None, view: View, layer: int) -> Tensor:
