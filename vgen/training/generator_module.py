@@ -15,6 +15,8 @@ from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
 AttentionKind = Literal["auto", "dense", "flex"]
+# Slots; at 256 the mask was 3 % faster (H200, benchmarks/RESULTS.md): blocks of 128 leave too little to skip.
+FLEX_FROM = 1024
 _CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM = 102, 103, 104
 
 
@@ -29,7 +31,8 @@ class GeneratorModule(TrainingModule):
         condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
         compile_network: compile the teacher-forced pass.
         attention: how a visibility that is not causal is trained: ``dense`` (a mask tensor), ``flex`` (FlexAttention,
-            which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks, otherwise dense.
+            which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks and long sequences, otherwise
+            dense.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
     """
 
@@ -80,7 +83,8 @@ class GeneratorModule(TrainingModule):
     def flex(self) -> bool:
         """Whether training steps run FlexAttention; validation, with its odd batch, keeps the mask."""
         if self.attention == "auto":
-            wanted = self.compiled and not self.generator.drops_attention
+            long = self.plan.num_slots >= FLEX_FROM
+            wanted = long and self.compiled and not self.generator.drops_attention
         else:
             wanted = self.attention == "flex"
         return wanted and self.device.type == "cuda" and not self.plan.on(self.device).causal
