@@ -35,7 +35,9 @@ def test_bounds_agree_with_an_independent_count(order, grid, size, forwards, lat
     assert one.forwards == forwards
     assert one.seconds(H200) * 1e3 == pytest.approx(latency_ms, rel=0.08)
     many = decoding_cost(generator, plan, 512)
-    assert 512 / (many.cache / H200.bytes_per_s + many.flops / H200.flops_per_s) == pytest.approx(images_per_s, rel=0.08)
+    assert 512 / (many.cache / H200.bytes_per_s + many.flops / H200.flops_per_s) == pytest.approx(
+        images_per_s, rel=0.08
+    )
 
 
 @pytest.mark.parametrize("order", ["raster", "neighboring", "parallel-4", "random-88"])

@@ -29,15 +29,24 @@ def test_an_error_of_the_writer_reaches_the_caller_and_later_items_are_not_writt
             raise OSError("full")
         written.append(item)
 
-    with pytest.raises(OSError, match="full"), BackgroundWriter(write) as writer:
-        for item in range(1, 100):
-            writer.put(item)
+    def work():
+        with BackgroundWriter(write) as writer:
+            for item in range(1, 100):
+                writer.put(item)
+
+    with pytest.raises(OSError, match="full"):
+        work()
     assert written == [1]
 
 
 def test_what_was_finished_is_written_when_the_work_beside_it_fails():
     written = []
-    with pytest.raises(RuntimeError, match="beside"), BackgroundWriter(written.append) as writer:
-        writer.put(1)
-        raise RuntimeError("beside")
+
+    def work():
+        with BackgroundWriter(written.append) as writer:
+            writer.put(1)
+            raise RuntimeError("beside")
+
+    with pytest.raises(RuntimeError, match="beside"):
+        work()
     assert written == [1]

@@ -19,7 +19,7 @@ from vgen.generators.block import Block, BlockShape
 from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions, LearnedPlaces
 from vgen.generators.places import Places, mask_padding
-from vgen.layers.attention import View
+from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
@@ -32,15 +32,17 @@ AdaLNInput = Literal["condition", "step", "direction"]
 
 
 class Located(NamedTuple):
-    """What slots take from their places alone, so that a plan's passes can be prepared once.
+    """What slots take from their places and their visibility alone, so that a plan's passes can be prepared once.
 
     Attributes:
         places: raster positions.
         rope: rotary rows; None = none.
+        bias: visibility as a summand of the attention scores, [F, prefix]; None = as the pass says.
     """
 
     places: Places
     rope: Tensor | None
+    bias: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -287,10 +289,11 @@ class Transformer(nn.Module):
                     "list: the generator was trained for another schedule"
                 )
 
-    def locate(self, feed: Feed, order: Tensor) -> Located:
-        """What the slots of a feed take from their places alone; arguments as in :meth:`enter`."""
+    def locate(self, feed: Feed, order: Tensor, mask: Tensor | None = None) -> Located:
+        """What the slots of a feed take from their places and a mask bool [F, P]; arguments as in :meth:`enter`."""
         places = Places.of(feed, order)
-        return Located(places, self.rotary(places.own, places.target))
+        bias = None if mask is None else additive_mask(mask, self.dtype)
+        return Located(places, self.rotary(places.own, places.target), bias)
 
     def enter(
         self,
@@ -314,7 +317,7 @@ class Transformer(nn.Module):
             located: what :meth:`locate` gives, if it is known already.
             seen: further fields of :class:`vgen.layers.attention.View`: visibility and cache.
         """
-        places, rope = located or self.locate(feed, order)
+        places, rope, _ = located or self.locate(feed, order)
         modulator = self.modulator(condition, feed, places)
         return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
 
@@ -504,7 +507,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier passes; written to.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
-            located: what :meth:`locate` gives for the feed of the pass, if it is known already.
+            located: what :meth:`locate` gives for the pass, if it is known already.
 
         Returns:
             float32 [B, D, V], logits of the targets of the pass.
@@ -515,6 +518,8 @@ class Transformer(nn.Module):
             if visible is None:
                 visible = torch.ones(forward.rows.shape[-1], forward.prefix, dtype=torch.bool, device=ids.device)
             mask = mask_padding(visible, padding, forward.rows)
+        elif located is not None and located.bias is not None:
+            mask = located.bias
         x, view = self.enter(
             ids,
             condition,

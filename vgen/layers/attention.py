@@ -20,7 +20,7 @@ class View:
 
     Attributes:
         causal: lower-triangular visibility without a mask tensor.
-        mask: bool [F, P] or [B, 1, F, P], True = visible; None = everything (or causal).
+        mask: bool [F, P] or [B, 1, F, P], True = visible, or its :func:`additive_mask`; None = everything (or causal).
         blocks: block-sparse form of the mask, for FlexAttention; None = ``causal`` and ``mask`` decide.
         rope: float32 [F, head_dim / 2, 2] or [B, F, head_dim / 2, 2]; None = queries and keys are not rotated.
         modulator: conditioning of adaptive layer norms; None = the network has none.
@@ -59,6 +59,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
     )
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask bool [F, P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does either again."""
+    columns = mask.shape[-1]
+    rows = torch.zeros(len(mask), -(-columns // 8) * 8, dtype=dtype, device=mask.device)
+    return rows[:, :columns].masked_fill_(~mask, float("-inf"))
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:

@@ -182,5 +182,7 @@ class Decoder:
             return None
         if self._located is None:
             tensors = plan.on(self.generator.device)
-            self._located = [self.generator.locate(forward.feed, tensors.order) for forward in tensors.forwards]
+            self._located = [
+                self.generator.locate(forward.feed, tensors.order, forward.mask) for forward in tensors.forwards
+            ]
         return self._located
