@@ -125,7 +125,8 @@ class Decoder:
             condition, seed=sampling.seed, sample_index=sample_index, padding=padding, known_ids=known_ids, known=known
         )
         check_request(self.generator, self.plan, request)
-        if not self.recorded or watch is not None:
+        # What autocast keeps of the weights dies with its context, a recording would go on reading it.
+        if not self.recorded or watch is not None or torch.is_autocast_enabled(self.generator.device.type):
             return self._run(request, sampling, spatial, watch)
         shapes = tuple((name, value.shape, value.dtype) for name, value in request.tensors().items())
         key = (shapes, replace(sampling, seed=0), spatial)

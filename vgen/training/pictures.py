@@ -86,7 +86,7 @@ class Pictures(StepCallback):
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
-        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan)
+        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan, engine="eager")
         columns = min(_MOST_CLASSES, pipeline.num_classes)
         chosen = torch.arange(columns) * pipeline.num_classes // columns
         labels = chosen.repeat(self.count)
