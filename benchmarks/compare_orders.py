@@ -110,9 +110,7 @@ class Comparison:
         path = self.out / "settings.json"
         if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
-            raise UserError(
-                f"{path} was written with other {', '.join(other)}; choose another --out or the same values"
-            )
+            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
         if self.arguments.part is None:
             path.write_text(json.dumps(mine, indent=1))
 

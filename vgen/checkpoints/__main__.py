@@ -13,6 +13,8 @@ from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
 from vgen.checkpoints.llamagen_vq import load_llamagen_vq
 from vgen.checkpoints.nar import load_nar
 from vgen.checkpoints.par import load_par
+from vgen.checkpoints.randar import load_randar
+from vgen.checkpoints.rar import load_rar
 from vgen.checkpoints.release import build, make_plan_for, save_release
 from vgen.errors import UserError, reported
 from vgen.generators.transformer import Transformer
@@ -24,7 +26,29 @@ FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
     "llamagen": ("raster", load_llamagen_gpt),
     "nar": ("neighboring", load_nar),
     "par": ("parallel", load_par),
+    "randar": ("randar", load_randar),
+    "rar": ("rar", load_rar),
 }
+
+
+def generator_preset(size: str) -> dict[str, Any]:
+    """Constructor arguments that a preset of configs/generator sets, its parents' included.
+
+    The parent ``base`` states the constructor's own defaults and is left out.
+
+    Raises:
+        UserError: for an unknown preset.
+    """
+    path = CONFIGS / "generator" / f"{size}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in ("base", "rar_base")))
+        raise UserError(f"--size {size} is no preset; choose one of {names}")
+    own = yaml.safe_load(path.read_text())
+    parents = [name for name in own.pop("defaults", []) if name not in ("_self_", "base")]
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged |= generator_preset(parent)
+    return merged | own
 
 
 def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Path:
@@ -63,24 +87,27 @@ def import_generator(
         UserError: if the file does not fit the preset, the schedule or the tokenizer's grid.
     """
     order, load = FAMILIES[family]
-    path = CONFIGS / "generator" / f"{size}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem != "base"))
-        raise UserError(f"--size {size} is no preset; choose one of {names}")
-    sizes = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+    sizes = generator_preset(size)
     tokens = yaml.safe_load((tokenizer_release / "config.yaml").read_text())["network"]
     tokenizer = build(tokens)
     schedule = yaml.safe_load((CONFIGS / "schedule" / f"{order}.yaml").read_text()) | options
-    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=1)
-    condition = {"_target_": "vgen.generators.conditioning.ClassCondition", "num_classes": 1000, "dim": sizes["dim"]}
+    condition = {
+        "_target_": "vgen.generators.conditioning.ClassCondition",
+        **sizes.get("condition", {}),
+        "num_classes": 1000,
+        "dim": sizes["dim"],
+    }
+    slots = condition.get("num_prefix", 0) + 1
+    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=slots)
     config = {
+        **sizes,
         "_target_": "vgen.generators.transformer.Transformer",
         "vocab_size": tokenizer.codebook_size,
         "grid": list(tokenizer.grid),
         "condition": condition,
         "num_readouts": plan.num_heads,
         "num_learned": plan.num_learned,
-        **sizes,
+        "position_queries": plan.has_queries,
     }
     generator = build(config)
     assert isinstance(generator, Transformer)

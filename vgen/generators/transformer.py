@@ -245,6 +245,11 @@ class Transformer(nn.Module):
                 f"schedule '{plan.name}' decodes in any order, so the generator must be told the place of the token it "
                 "predicts; set generator.positions=own_target or generator.rope=own_target"
             )
+        if self.steps is not None and plan.num_slots > self.steps.num_embeddings:
+            raise UserError(
+                f"schedule '{plan.name}' has {plan.num_slots} slots, more than the {self.steps.num_embeddings} that "
+                "generator.adaln=[step] knows; leave 'step' out for orders with queries"
+            )
         if self.directions is not None:
             if plan.shuffled or plan.random_order is not None:
                 raise UserError(
