@@ -65,13 +65,12 @@ class StaticCourse(Course):
 
 
 class Policy(ABC):
-    """An order whose passes depend on what was drawn; what a plan holds, before it meets a batch.
+    """An order whose passes depend on what was drawn; what a plan holds, before it meets a batch."""
 
-    Attributes:
-        num_passes: passes of every run; None where that depends on the run too.
-    """
-
-    num_passes: int | None = None
+    @property
+    def num_passes(self) -> int | None:
+        """Passes of every run; None where that depends on the run too."""
+        return None
 
     @abstractmethod
     def start(self, first: Forward, batch: int, uniform: Uniform, known: Tensor | None) -> Course:

@@ -62,7 +62,7 @@ def masked(
     policy = Unmasking(
         num_condition=num_condition,
         num_tokens=tokens,
-        num_passes=steps,
+        steps=steps,
         ratio=ratio,
         noise_temperature=noise_temperature,
         draw_temperature=draw_temperature,

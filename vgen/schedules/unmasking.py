@@ -27,7 +27,7 @@ class Unmasking(Policy):
     Attributes:
         num_condition: number of condition slots C.
         num_tokens: number of tokens N.
-        num_passes: passes of every run.
+        steps: passes of every run.
         ratio: share of tokens open after each pass.
         noise_temperature: T >= 0.
         draw_temperature: temperature of the token draws in every pass (1 in MaskGIT); None = T (1 - r).
@@ -38,12 +38,17 @@ class Unmasking(Policy):
 
     num_condition: int
     num_tokens: int
-    num_passes: int
+    steps: int
     ratio: Ratio
     noise_temperature: float
     draw_temperature: float | None
     softmax_annealing: bool
     confidence: Confidence
+
+    @property
+    def num_passes(self) -> int:
+        """Passes of every run."""
+        return self.steps
 
     def open_after(self, index: int, start: Tensor, opened: Tensor) -> Tensor:
         """Tokens left open after a pass.
@@ -55,17 +60,17 @@ class Unmasking(Policy):
             start: float64 [B], tokens open at the beginning.
             opened: int64 [B], tokens open before the pass.
         """
-        left = self.num_passes - 1 - index
+        left = self.steps - 1 - index
         if left == 0:
             return torch.zeros_like(opened)
-        wanted = (start * hidden_share(self.ratio, (index + 1) / self.num_passes)).floor().long()
+        wanted = (start * hidden_share(self.ratio, (index + 1) / self.steps)).floor().long()
         return torch.maximum(torch.minimum(opened - 1, wanted), opened.clamp(max=left))
 
     def open_before(self) -> list[int]:
         """Tokens open before each pass where none is given."""
         opened, counts = torch.tensor([self.num_tokens]), []
         start = opened.double()
-        for index in range(self.num_passes):
+        for index in range(self.steps):
             counts.append(int(opened))
             opened = self.open_after(index, start, opened)
         return counts
@@ -97,11 +102,11 @@ class UnmaskingCourse(Course):
         """The same pass every time: all slots, all tokens; what changes is which of them are fed as the mask."""
         policy = self._policy
         self.trial += 1
-        if self.trial == policy.num_passes:
+        if self.trial == policy.steps:
             return None
         opened = self._open.sum(1) if self._planned is None else self._planned[self.trial]
         self.decided = policy.num_tokens - opened
-        remaining = 1 - (self.trial + 1) / policy.num_passes
+        remaining = 1 - (self.trial + 1) / policy.steps
         self._noise = policy.noise_temperature * remaining
         self.draw_temperature = self._noise if policy.draw_temperature is None else policy.draw_temperature
         if policy.softmax_annealing:
@@ -113,13 +118,13 @@ class UnmaskingCourse(Course):
         assert scores is not None
         policy = self._policy
         self._tokens = torch.where(self._open, drawn, self._tokens)
-        if self.trial < policy.num_passes - 1:
+        if self.trial < policy.steps - 1:
             values = scores.float().log_softmax(-1) if policy.confidence == "log-probability" else scores
             confidence = values.gather(2, drawn[:, :, None])[:, :, 0]
             if self._noise:
                 trial = torch.full((len(drawn), 1), self.trial, device=drawn.device)
                 confidence = confidence + self._noise * gumbel(self._uniform(self._index, trial, CONFIDENCE))
-            rank = confidence.masked_fill(~self._open, float("inf")).argsort(1, stable=True).argsort(1)
+            rank = confidence.masked_fill(~self._open, float("inf")).argsort(dim=1, stable=True).argsort(1)
             count = policy.open_after(self.trial, self._start, self._open.sum(1))
             self._open = rank < count[:, None]
         else:
