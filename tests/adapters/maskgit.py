@@ -89,9 +89,7 @@ def run_manifest(case: Case) -> list[Check]:
     vocab = case.manifest[head][0]
     rows, width = case.manifest[words]
     with torch.device("meta"):
-        generator = build(
-            {}, uvit=uvit, tokens=case.manifest[places][-2] - 1, vocab=vocab, classes=rows - vocab - 2
-        )
+        generator = build({}, uvit=uvit, tokens=case.manifest[places][-2] - 1, vocab=vocab, classes=rows - vocab - 2)
     ours = generator.state_dict()
     published = to_published(ours)
     checks = compare_manifest(case, published, sum(value.numel() for value in published.values()))
@@ -115,9 +113,7 @@ def run_forward(case: Case) -> list[Check]:
     logits = generator.logits(ids, labels, plan, hidden=hidden)
     with torch.no_grad():
         null = generator.logits(ids, labels, plan, hidden=hidden, drop=torch.ones_like(labels, dtype=torch.bool))
-    loss = masked_cross_entropy(
-        logits, ids, hidden, visible_weight=VISIBLE_WEIGHT, label_smoothing=LABEL_SMOOTHING
-    )
+    loss = masked_cross_entropy(logits, ids, hidden, visible_weight=VISIBLE_WEIGHT, label_smoothing=LABEL_SMOOTHING)
     loss.backward()
     gradients = to_published({name: p.grad for name, p in generator.named_parameters() if p.grad is not None})
     if TYPES in gradients:
@@ -198,7 +194,7 @@ def run_generate(case: Case) -> list[Check]:
         both = [logits.split(batch) for logits in found]
         got = {
             "ids": ids,
-            "step_ids": torch.stack([one[:batch] for one in fed]),
+            "step_ids": torch.stack([one[:batch, : generator.grid[0]] for one in fed]),
             "cond_logits": torch.stack([parts[0] for parts in both]),
             "uncond_logits": torch.stack([parts[1] if len(parts) > 1 else 0 * parts[0] for parts in both]),
         }
@@ -230,7 +226,7 @@ def run_schedules(case: Case) -> list[Check]:
     for name, stated in case.data["published"].items():
         tokens, steps, rows = stated["seq_len"], stated["steps"], stated["per_step"]
         plan = plan_of(stated, tokens, steps)
-        course = plan.policy.start(plan.forwards[0], 1, lambda *_: torch.zeros(1, tokens), None)
+        course = plan.policy.start(plan.forwards[0], 1, lambda index, *_: torch.zeros(index.shape), None)
         opened, noise, softmax = [], [], []
         while course.next() is not None:
             opened.append(tokens - course.decided)

@@ -11,7 +11,11 @@ from vgen.generators.transformer import Transformer
 
 _WORDS, _PLACES = "model.embeddings.word_embeddings.weight", "model.embeddings.position_embeddings.weight"
 _TYPES, _BUFFER = "model.embeddings.token_type_embeddings.weight", "model.embeddings.position_ids"
-_VIT = {"model.embeddings.LayerNorm.": "embedding_norm.", "model.encoder.layer.": "layers.", "model.lm_head.": "outputs.0."}
+_VIT = {
+    "model.embeddings.LayerNorm.": "embedding_norm.",
+    "model.encoder.layer.": "layers.",
+    "model.lm_head.": "outputs.0.",
+}
 _VIT_BLOCKS = {
     ".attention.output.dense.": ".attention.wo.",
     ".attention.output.LayerNorm.": ".attention_norm.",
@@ -104,7 +108,8 @@ def _uvit_to_ours(state: StateDict) -> StateDict:
 
 def _uvit_to_published(state: StateDict) -> StateDict:
     numbers = {int(name.split(".")[1]) for name in state if name.startswith("layers.")}
-    half, published = len(numbers) // 2, {}
+    half = len(numbers) // 2
+    published: StateDict = {}
     for name, value in state.items():
         name = _replaced(name, _inverse(_UVIT_BLOCKS))
         if name.startswith("layers."):

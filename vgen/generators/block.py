@@ -65,9 +65,7 @@ class Block(nn.Module):
         self.ffn_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
         self.feed_forward: SwiGLU | GeluMLP
         if shape.ffn == "swiglu":
-            self.feed_forward = SwiGLU(
-                dim=dim, hidden=shape.ffn_hidden, dropout=shape.ffn_dropout, bias=shape.bias
-            )
+            self.feed_forward = SwiGLU(dim=dim, hidden=shape.ffn_hidden, dropout=shape.ffn_dropout, bias=shape.bias)
         else:
             self.feed_forward = GeluMLP(
                 dim=dim,

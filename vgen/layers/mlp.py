@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """fc2(gelu(fc1 x)) with the exact GELU and dropout behind both, as in vision transformers; or behind the last alone.
+    """fc2(gelu(fc1 x)) with the exact GELU and dropout behind both, as in vision transformers.
 
     Args:
         dim: width of the residual stream.

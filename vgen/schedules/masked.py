@@ -32,8 +32,8 @@ def masked(
     Slots: the condition, then every token of the grid; all see all. A token that is not known is fed as the mask token,
     and every token slot predicts its own token. Training hides a random share of the tokens. Every pass of decoding
     feeds all slots, without a cache, decides all open tokens and keeps the most confident
-    (:class:`vgen.schedules.unmasking.Unmasking`). How many tokens a pass keeps is fixed, which ones is not: ``forwards``
-    shows one example.
+    (:class:`vgen.schedules.unmasking.Unmasking`). How many tokens a pass keeps is fixed, which ones is not:
+    ``forwards`` shows one example.
 
     Args:
         grid: token grid of any number of axes.

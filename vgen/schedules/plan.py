@@ -298,8 +298,10 @@ class Plan:
             names.append("order")
         sizes = ("grid", "num_condition", "num_heads", "num_learned", "any_order")
         alike = (self.masking is None) == (other.masking is None)
-        return alike and all(getattr(self, name) == getattr(other, name) for name in sizes) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in names
+        return (
+            alike
+            and all(getattr(self, name) == getattr(other, name) for name in sizes)
+            and all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
         )
 
     def decided_before(self) -> list[int]:

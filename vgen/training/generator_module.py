@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vgen.generators.transformer import Transformer
 from vgen.errors import UserError
+from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import masked_cross_entropy, token_accuracy, token_cross_entropy
 from vgen.random import keyed_uniform
 from vgen.schedules.plan import Plan
