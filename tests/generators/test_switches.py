@@ -32,6 +32,8 @@ SWITCHES = {
         "final_norm_affine": False,
     },
     "normed queries": {"qk_norm": "rms", "kv_heads": 1},
+    "BERT": {"norm": "layer", "norm_position": "post", "embedding_norm": True, "final_norm": False, "bias": True},
+    "long skips": {"depth": 3, "long_skips": True, "ffn": "gelu", "bias": True, "qkv_bias": False},
 }
 ORDERS = ["raster", "diagonal", "neighboring", "parallel", "rar", "randar"]
 
@@ -44,6 +46,8 @@ def network(plan, options):
             return None
         options["directions"] = moves_of(plan)
     if plan.has_queries and (options.get("rope", "own") != "own" or "step" in options.get("adaln", ())):
+        return None
+    if options.get("long_skips") and plan.num_heads > 1:
         return None
     if plan.any_order and not plan.has_queries and options.get("rope") != "own_target":
         options["positions"] = "own_target"
@@ -152,6 +156,13 @@ def test_the_frozen_codebook_is_not_trained_and_fills_the_wanted_spread():
         ({"rope": "own_target", "dim": 36, "heads": 2}, "divisible by 4"),
         ({"rope": "none", "position_queries": True}, "rope=own"),
         ({"token_dropout_on": "words"}, "choose one of all, tokens"),
+        ({"norm_position": "middle"}, "choose one of pre, post"),
+        ({"norm_position": "post", "adaln": ["condition"]}, "pre-norm"),
+        ({"long_skips": True, "depth": 2}, "odd generator.depth"),
+        ({"long_skips": True, "num_readouts": 2}, "one output head"),
+        ({"ffn_inner_dropout": 0.1}, "ffn=gelu"),
+        ({"embedding_norm": True, "token_dropout_on": "tokens"}, "token_dropout_on=all"),
+        ({"mask_token": True, "codebook_dim": 4}, "codebook_dim=null"),
     ],
 )
 def test_switches_that_do_not_fit_are_refused(options, message):
