@@ -33,7 +33,8 @@ def masked(
     and every token slot predicts its own token. Training hides a random share of the tokens. Every pass of decoding
     feeds all slots, without a cache, decides all open tokens and keeps the most confident
     (:class:`vgen.schedules.unmasking.Unmasking`). How many tokens a pass keeps is fixed, which ones is not:
-    ``forwards`` shows one example.
+    ``forwards`` shows one example. Under greedy sampling the tokens are the most likely ones, and the noise still mixes
+    the places.
 
     Args:
         grid: token grid of any number of axes.
