@@ -9,6 +9,7 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions
 from vgen.generators.transformer import Transformer
+from vgen.layers.mlp import GeluMLP
 from vgen.layers.rope import Rotary, rope_table
 from vgen.schedules.catalog import load_plan
 from vgen.schedules.moves import moves_of
@@ -169,6 +170,18 @@ def test_switches_that_do_not_fit_are_refused(options, message):
     sizes = {"dim": 32, "depth": 1, "heads": 2} | options
     with pytest.raises(UserError, match=message):
         Transformer(vocab_size=8, grid=(2, 2), condition=ClassCondition(num_classes=2, dim=sizes["dim"]), **sizes)
+
+
+def test_dropout_stands_where_bert_has_it():
+    """On the embedded sequence behind its norm, on attention and feed-forward outputs, not inside."""
+    inner = GeluMLP(dim=4, hidden=8, dropout=0.0, inner_dropout=1.0)
+    assert torch.equal(inner(torch.randn(3, 4)), inner.fc2.bias.expand(3, -1))
+    plan = load_plan("raster", (2, 2), {})
+    bert = SWITCHES["BERT"] | {"rope": "none", "positions": "own", "token_dropout": 1.0}
+    generator, tensors = network(plan, bert).train(), plan.on(torch.device("cpu"))
+    ids, condition = torch.zeros(1, 4, dtype=torch.int64), generator.condition(torch.tensor([0]))
+    entered, _ = generator.enter(ids, condition, tensors.feed, tensors.order, causal=True, mask=None)
+    assert (entered == 0).all(), "positions and the shift of the norm are dropped too"
 
 
 def test_text_has_no_class_vector_to_modulate_with():
