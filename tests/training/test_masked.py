@@ -59,7 +59,7 @@ def test_the_recipe_trains_validates_and_releases(tokenizer_release, tmp_path):
 
 def test_the_weight_of_visible_tokens_needs_hidden_ones(tokenizer_release, tmp_path):
     settings = [*GENERATOR, f"task.tokenizer={tokenizer_release}", "trainer.max_steps=1"]
-    with pytest.raises(UserError, match="visible_weight=0.3 has no effect"):
+    with pytest.raises(UserError, match=r"visible_weight=0\.3 has no effect"):
         run(tmp_path / "run", *settings, "task.visible_weight=0.3")
     with pytest.raises(UserError, match="visible_weight=2"):
         run(tmp_path / "run", *settings, "task.visible_weight=2")
