@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 import vgen
+from vgen.checkpoints.flextok import flextok_config, load_flextok, load_published_vae, published_vae_config
 from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
 from vgen.checkpoints.llamagen_vq import load_llamagen_vq
 from vgen.checkpoints.maskgit import load_maskgit
@@ -72,6 +73,39 @@ def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Pat
     return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
 
 
+def import_flextok(file: Path, out: Path) -> Path:
+    """Write the release of a published FlexTok, configured by its own header.
+
+    Args:
+        file: ``model.safetensors`` of EPFL-VILAB/flextok_*.
+        out: release folder.
+
+    Raises:
+        UserError: if the file is damaged or no FlexTok.
+    """
+    config = flextok_config(file)
+    tokenizer = build(config)
+    load_flextok(tokenizer, file)
+    return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
+
+
+def import_vae(file: Path, image_size: int, out: Path) -> Path:
+    """Write the release of a published VAE, for ``task=flextok``.
+
+    Args:
+        file: ``diffusion_pytorch_model.safetensors`` of a diffusers AutoencoderKL, its ``config.json`` beside it.
+        image_size: side in pixels of the images it will be used for.
+        out: release folder.
+
+    Raises:
+        UserError: if the file is damaged or no AutoencoderKL.
+    """
+    config = published_vae_config(file, image_size=image_size)
+    vae = build(config)
+    load_published_vae(vae, file)
+    return save_release(out, vae, config, kind="vae", extra={"source": file.name})
+
+
 def import_generator(
     file: Path, family: str, size: str, tokenizer_release: Path, out: Path, options: dict[str, Any]
 ) -> Path:
@@ -128,7 +162,10 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="example: python -m vgen.checkpoints --vq vq_ds16_c2i.pt --generator c2i_L_256.pt --size l "
         "--image-size 256 --out releases/llamagen_l_256",
     )
-    parser.add_argument("--vq", type=Path, required=True, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    tokenizers = parser.add_mutually_exclusive_group(required=True)
+    tokenizers.add_argument("--vq", type=Path, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    tokenizers.add_argument("--flextok", type=Path, help="FlexTok, model.safetensors of EPFL-VILAB/flextok_*")
+    tokenizers.add_argument("--vae", type=Path, help="diffusers AutoencoderKL, diffusion_pytorch_model.safetensors")
     parser.add_argument("--vq-preset", choices=("vq16", "vq8"), default="vq16")
     parser.add_argument("--image-size", type=int, default=256, help="side in pixels the weights were trained at")
     parser.add_argument("--generator", type=Path, help="class-conditional generator; without it only the tokenizer")
@@ -137,7 +174,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedule", type=json.loads, default={}, help='schedule options as JSON, {"regions": 4}')
     parser.add_argument("--out", type=Path, required=True, help="release folder to write")
     chosen = parser.parse_args(arguments)
+    if chosen.vq is None and chosen.generator is not None:
+        parser.error("--generator needs --vq: the published generators speak the ids of LlamaGen's tokenizer")
     with reported():
+        if chosen.flextok is not None:
+            print(f"release: {import_flextok(chosen.flextok, chosen.out)}")
+            return
+        if chosen.vae is not None:
+            print(f"release: {import_vae(chosen.vae, chosen.image_size, chosen.out)}")
+            return
         tokenizer_out = chosen.out if chosen.generator is None else chosen.out.with_name(chosen.out.name + "_tokenizer")
         release = import_tokenizer(chosen.vq, chosen.vq_preset, chosen.image_size, tokenizer_out)
         if chosen.generator is not None:
