@@ -24,8 +24,8 @@ def sample(config: DictConfig) -> None:
         dtype=pick_dtype(plain["dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
-        edit=None if plain.get("edit") is None else build(plain["edit"]),
-        extrapolation=None if plain.get("extrapolate") is None else build(plain["extrapolate"]),
+        edit=build(plain["edit"]) if plain.get("edit") else None,
+        extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -33,7 +33,7 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate") if plain.get(name) is not None},
+        **{name: plain[name] for name in ("edit", "extrapolate") if plain.get(name)},
     }
     with joined(device) as peers:
         files = run_sampling(
