@@ -17,28 +17,50 @@ Engine = Literal["auto", "eager", "graph", "compiled"]
 Record = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
 
 
-def record_graph(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Record a function as a CUDA graph.
+class GraphRecorder:
+    """Records functions as CUDA graphs.
 
-    Args:
-        run: launches kernels on fixed buffers and never waits for the device; it has run before, so that everything it
-            compiles or allocates once is there.
-        device: a CUDA device.
-
-    Returns:
-        A function that replays the kernels and returns the tensor that ``run`` returned, overwritten by every replay.
+    All graphs of one recorder share their memory, so that several cost as much as the largest: they are replayed one at
+    a time, and a result is taken before the next replay.
     """
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        result = run()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return result
+    def __init__(self) -> None:
+        self._pool: tuple[int, int] | None = None
 
-    return replay
+    def __call__(self, run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+        """Record a function.
+
+        Args:
+            run: launches kernels on fixed buffers and never waits for the device; it has run before, so that everything
+                it compiles or allocates once is there.
+            device: a CUDA device.
+
+        Returns:
+            A function that replays the kernels and returns the tensor that ``run`` returned, overwritten by every
+            replay of any graph of this recorder.
+
+        Raises:
+            torch.OutOfMemoryError: if the device's memory does not hold the recording.
+        """
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            try:
+                with torch.cuda.graph(graph, pool=self._pool):
+                    result = run()
+            except RuntimeError as error:
+                # Ending a capture that ran out of memory fails too and hides why.
+                if isinstance(error.__context__, torch.OutOfMemoryError):
+                    raise error.__context__ from None
+                raise
+        self._pool = graph.pool()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,8 @@ class Decoder:
             )
         self.generator, self.plan = generator, plan
         self.recorded = plan.policy is None and engine != "eager" and (on_cuda or record is not None)
-        self._record, self._largest = record or record_graph, largest
+        self._own_record, self._largest = record, largest
+        self._record: Record = record or GraphRecorder()
         self._recordings: dict[tuple, Recording | None] = {}
         self._too_large: set[tuple] = set()
         self._located: list[Located] | None = None
@@ -149,8 +172,10 @@ class Decoder:
     def forget(self) -> None:
         """Drop all recordings and the memory they hold."""
         self._recordings.clear()
+        self._record = self._own_record or GraphRecorder()
         if self.generator.device.type == "cuda":
-            torch.cuda.empty_cache()
+            with torch.cuda.device(self.generator.device):
+                torch.cuda.empty_cache()
 
     def _make(self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None) -> Recording:
         held = [key for key, recording in self._recordings.items() if recording is not None]
