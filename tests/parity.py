@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-# The adapters are found however this file is started: as a script, or imported by the test suite.
-sys.path.insert(0, str(Path(__file__).parent))
+# The adapters are found however this file is started, as a script or imported by the test suite; and it is
+# the code of this checkout that is compared, not that of an installed vgen.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from adapters import Case, Check, UnknownCase, uncompared
 
