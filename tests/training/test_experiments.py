@@ -31,7 +31,13 @@ PARAMETERS = {
     "ucf101_larp": 193_880_224,
 }
 # Tokenizers that generator recipes expect as a release.
-TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
+TOKENS = {
+    "digits_raster": (256, (4, 4), 10),
+    "cifar10_raster": (4096, (8, 8), 10),
+    "digits_flextok_ar": (200, (16,), 10),
+    "cifar10_flextok_ar": (12800, (64,), 10),
+    "imagenet256_flextok_ar": (64000, (256,), 1000),
+}
 
 
 def settings_of(recipe: str) -> dict:

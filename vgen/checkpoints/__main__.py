@@ -42,7 +42,7 @@ def generator_preset(size: str) -> dict[str, Any]:
     """
     path = CONFIGS / "generator" / f"{size}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in ("base", "rar_base")))
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.endswith("base")))
         raise UserError(f"--size {size} is no preset; choose one of {names}")
     own = yaml.safe_load(path.read_text())
     parents = [name for name in own.pop("defaults", []) if name not in ("_self_", "base")]

@@ -26,6 +26,7 @@ def sample(config: DictConfig) -> None:
         picture_size=plain["picture_size"],
         edit=None if plain["edit"] is None else build(plain["edit"]),
         extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
+        num_tokens=plain["num_tokens"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -33,7 +34,7 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate") if plain[name] is not None},
+        **{name: plain[name] for name in ("edit", "extrapolate", "num_tokens") if plain[name] is not None},
     }
     with joined(device) as peers:
         files = run_sampling(

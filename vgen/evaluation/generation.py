@@ -79,6 +79,7 @@ class Generation:
         dtype: torch.dtype,
         schedule: dict | None,
         picture_size: int | None,
+        num_tokens: int | None,
     ) -> "Generation":
         """Load a release folder and choose the labels of ``count`` samples.
 
@@ -94,8 +95,11 @@ class Generation:
             dtype: of the generator.
             schedule: configuration of the decode order, None for the one the generator was trained with.
             picture_size: side in pixels; None = as decoded.
+            num_tokens: decide only the first tokens of every sample; None = all.
         """
-        pipeline = load_pipeline(folder, device=device, dtype=dtype, schedule=schedule, picture_size=picture_size)
+        pipeline = load_pipeline(
+            folder, device=device, dtype=dtype, schedule=schedule, picture_size=picture_size, num_tokens=num_tokens
+        )
         requested = make_labels(labels, count or DEFAULT_SAMPLES, pipeline.num_classes, seed=settings.seed)
         identity = {
             "checkpoint_sha256": file_sha256(folder / WEIGHTS),
@@ -103,6 +107,7 @@ class Generation:
             "schedule": schedule,
             "dtype": str(dtype).removeprefix("torch."),
             "picture_size": pipeline.picture_size,
+            **({} if num_tokens is None else {"num_tokens": num_tokens}),
         }
         return cls(pipeline, folder, samples, requested, labels, settings, batch_size, identity)
 
@@ -142,7 +147,8 @@ class Generation:
             "labels": self.labels_kind,
             "precision": self.identity["dtype"],
             "picture_size": self.pipeline.picture_size,
-            "forward_passes": len(self.pipeline.plan.forwards),
+            "num_tokens": self.pipeline.num_tokens or self.pipeline.plan.num_tokens,
+            "forward_passes": self.pipeline.num_passes or len(self.pipeline.plan.forwards),
             "images_per_s": origin.get("images_per_s"),
             "folder": str(self.samples),
             **asdict(self.sampling),
