@@ -130,7 +130,6 @@ def test_presets_with_parents_are_imported_whole(tmp_path, configs):
     expected = generator.logits(ids, labels, pipeline.plan)
     assert torch.equal(pipeline.generator.logits(ids, labels, pipeline.plan), expected)
 
-
     assert torch.equal(pipeline.tokenizer.decode(ids), tokenizer.decode(ids))
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
     assert torch.equal(pipeline.tokenizer.encode(pixels), tokenizer.encode(pixels))
@@ -151,10 +150,7 @@ def test_randar_with_the_tokenizer_of_maskgit_is_imported(tmp_path, configs):
 
 def test_a_tokenizer_imported_earlier_serves_several_generators(tmp_path, configs, capsys):
     tokenizer = maskgit_tokenizer(tmp_path)
-    importer.main(
-        ["--vq", str(tmp_path / "vq.pt"), "--vq-preset", "maskgit_vqgan", "--image-size", "16", "--out"]
-        + [str(tmp_path / "tokens")]
-    )
+    importer.main(f"--vq {tmp_path}/vq.pt --vq-preset maskgit_vqgan --image-size 16 --out {tmp_path}/tokens".split(" "))
     rar_generator(tmp_path)
     given = ["--tokenizer", str(tmp_path / "tokens"), "--out", str(tmp_path / "rar")]
     importer.main([*given, "--generator", str(tmp_path / "gpt.pt"), "--family", "rar", "--size", "rar_b"])

@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--vq-preset maskgit_vqgan --generator rar_b.bin --family rar --size rar_b --out releases/rar_b",
     )
     tokenizers = parser.add_mutually_exclusive_group(required=True)
-    tokenizers.add_argument("--vq", type=Path, help="tokenizer of LlamaGen (vq_ds16_c2i.pt, vq_ds8_c2i.pt) or of MaskGIT")
+    tokenizers.add_argument("--vq", type=Path, help="tokenizer of LlamaGen (vq_ds16_c2i.pt, vq_ds8_c2i.pt) or MaskGIT")
     tokenizers.add_argument("--tokenizer", type=Path, help="release of the generator's tokenizer, imported earlier")
     tokenizers.add_argument("--flextok", type=Path, help="FlexTok, model.safetensors of EPFL-VILAB/flextok_*")
     tokenizers.add_argument("--vae", type=Path, help="diffusers AutoencoderKL, diffusion_pytorch_model.safetensors")
