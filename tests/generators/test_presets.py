@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from tests.paths import CONFIGS
 from vgen.checkpoints.__main__ import generator_preset
-from vgen.generators.conditioning import ClassCondition
+from vgen.generators.conditioning import ClassCondition, TextContext
 from vgen.generators.transformer import Transformer
 
 PUBLISHED = {
@@ -57,6 +57,10 @@ FLEXTOK = {
     "flextok_ar_d20": 393.2,
     "flextok_ar_d24": 679.5,
     "flextok_ar_d30": 1327.1,
+    "flextok_ar_text_d12": 113.2,
+    "flextok_ar_text_d18": 382.2,
+    "flextok_ar_text_d26": 1151.9,
+    "flextok_ar_text_d36": 3057.6,
 }
 
 
@@ -66,12 +70,15 @@ def test_generators_for_flextok_have_the_size_the_paper_gives(name):
     given = {key: value for key, value in preset.items() if key not in ("_target_", "condition")}
     with torch.device("meta"):
         condition = ClassCondition(num_classes=1000, dim=given["dim"])
+        if "text" in name:
+            assert preset["condition"]["_target_"].endswith("TextContext")
+            condition = TextContext(caption_dim=2048, num_features=77, dim=given["dim"])
         generator = Transformer(vocab_size=64000, grid=(256,), condition=condition, **given)
     millions = sum(parameter.numel() for parameter in generator.layers.parameters()) / 1e6
     assert millions == pytest.approx(FLEXTOK[name], rel=0.003)
 
 
-SMALL = {"base", "digits", "s", "flextok_ar_base", "flextok_ar_digits"}
+SMALL = {"base", "digits", "s", "flextok_ar_base", "flextok_ar_digits", "flextok_ar_text_base"}
 
 
 def test_every_preset_is_checked_or_small():

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from vgen import __version__
 from vgen.checkpoints.convert import load_strict, read_weights
+from vgen.checkpoints.text_features import read_text_features
 from vgen.errors import UserError
+from vgen.generators.conditioning import TextContext
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
 from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
@@ -223,6 +225,7 @@ def load_pipeline(
     edit: Edit | None = None,
     extrapolation: Extrapolation | None = None,
     num_tokens: int | None = None,
+    text_features: str | Path | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -235,6 +238,8 @@ def load_pipeline(
         edit: picture of which a part is kept; null = none.
         extrapolation: decode pictures larger than trained; null = not.
         num_tokens: decide only the first tokens of every sample; null = all. See :mod:`vgen.sampling.prefix`.
+        text_features: features of the captions that labels count, for a generator on text. See
+            :func:`vgen.checkpoints.text_features.read_text_features`.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -247,6 +252,10 @@ def load_pipeline(
             f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
             f"{', '.join(decodable(trained))}"
         )
+    if isinstance(generator.condition, TextContext) and text_features is not None:
+        generator.condition.attach(read_text_features(text_features))
+    elif text_features is not None:
+        raise UserError("text_features has no effect: this generator is not conditioned on text")
     tokenizer = load_tokenizer(folder).to(device)
     generator = generator.to(device, dtype)
     if extrapolation is not None:

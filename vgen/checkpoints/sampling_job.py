@@ -7,6 +7,8 @@ from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
 
+_OPTIONAL = ("edit", "extrapolate", "num_tokens")
+
 
 def sample(config: DictConfig) -> None:
     """Run the sampling job that configs/sample.yaml describes and print the files written.
@@ -27,6 +29,7 @@ def sample(config: DictConfig) -> None:
         edit=None if plain["edit"] is None else build(plain["edit"]),
         extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
         num_tokens=plain["num_tokens"],
+        text_features=plain["text_features"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -34,8 +37,10 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate", "num_tokens") if plain[name] is not None},
+        **{name: plain[name] for name in _OPTIONAL if plain[name] is not None},
     }
+    if plain["text_features"] is not None:
+        identity["text_features_sha256"] = file_sha256(plain["text_features"])
     with joined(device) as peers:
         files = run_sampling(
             pipeline,

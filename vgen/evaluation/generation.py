@@ -80,6 +80,7 @@ class Generation:
         schedule: dict | None,
         picture_size: int | None,
         num_tokens: int | None,
+        text_features: str | None,
     ) -> "Generation":
         """Load a release folder and choose the labels of ``count`` samples.
 
@@ -96,9 +97,16 @@ class Generation:
             schedule: configuration of the decode order, None for the one the generator was trained with.
             picture_size: side in pixels; None = as decoded.
             num_tokens: decide only the first tokens of every sample; None = all.
+            text_features: file with the features of the captions that labels count, for a generator on text.
         """
         pipeline = load_pipeline(
-            folder, device=device, dtype=dtype, schedule=schedule, picture_size=picture_size, num_tokens=num_tokens
+            folder,
+            device=device,
+            dtype=dtype,
+            schedule=schedule,
+            picture_size=picture_size,
+            num_tokens=num_tokens,
+            text_features=text_features,
         )
         requested = make_labels(labels, count or DEFAULT_SAMPLES, pipeline.num_classes, seed=settings.seed)
         identity = {
@@ -108,6 +116,7 @@ class Generation:
             "dtype": str(dtype).removeprefix("torch."),
             "picture_size": pipeline.picture_size,
             **({} if num_tokens is None else {"num_tokens": num_tokens}),
+            **({} if text_features is None else {"text_features_sha256": file_sha256(text_features)}),
         }
         return cls(pipeline, folder, samples, requested, labels, settings, batch_size, identity)
 

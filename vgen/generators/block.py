@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from vgen.layers.attention import Attention, View
+from vgen.layers.cross_attention import CrossAttention
 from vgen.layers.drop_path import DropPath
 from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
@@ -30,10 +31,13 @@ class BlockShape:
     attention_dropout: float
     residual_dropout: float
     ffn_dropout: float
+    cross_attention: bool = False
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm x), then x + ffn(norm x), each modulated where conditioned.
+
+    Where there is a context, x + cross-attention(norm x) stands between the two.
 
     Args:
         shape: sizes and switches.
@@ -54,6 +58,18 @@ class Block(nn.Module):
             qk_norm=shape.qk_norm,
             norm_eps=eps,
         )
+        self.cross_norm = self.cross_attention = None
+        if shape.cross_attention:
+            self.cross_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
+            self.cross_attention = CrossAttention(
+                dim=dim,
+                heads=shape.heads,
+                dropout=shape.attention_dropout,
+                residual_dropout=shape.residual_dropout,
+                bias=shape.bias,
+                qk_norm=shape.qk_norm,
+                norm_eps=eps,
+            )
         self.ffn_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
         mlp = SwiGLU if shape.ffn == "swiglu" else GeluMLP
         self.feed_forward = mlp(dim=dim, hidden=shape.ffn_hidden, dropout=shape.ffn_dropout, bias=shape.bias)
@@ -64,6 +80,8 @@ class Block(nn.Module):
         """Map x [B, F, dim]; ``layer`` indexes the cache in the view."""
         if self.modulation is None:
             x = x + self.drop_path(self.attention(self.attention_norm(x), view, layer))
+            if self.cross_attention is not None and self.cross_norm is not None:
+                x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
         assert view.modulator is not None
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(view.modulator)

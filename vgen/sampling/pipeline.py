@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UserError
-from vgen.generators.conditioning import ClassCondition
+from vgen.generators.conditioning import ClassCondition, TextContext
 from vgen.generators.transformer import Transformer
 from vgen.pixels import resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
@@ -24,7 +24,7 @@ class Pipeline:
     """A generator, the tokenizer whose ids it speaks, and the order to decode in.
 
     Args:
-        generator: class-conditional network.
+        generator: network conditioned on classes, or on captions whose numbers then are the labels.
         tokenizer: turns ids into pixels.
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
@@ -47,8 +47,8 @@ class Pipeline:
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
-        if not isinstance(generator.condition, ClassCondition):
-            raise UserError("labels-to-pictures sampling needs a class-conditional generator")
+        if not isinstance(generator.condition, ClassCondition | TextContext):
+            raise UserError("labels-to-pictures sampling needs a generator conditioned on classes or captions")
         if picture_size is not None and picture_size < 1:
             raise UserError(f"picture_size={picture_size} must be at least 1 pixel, or null")
         self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
