@@ -1,11 +1,16 @@
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
 from tests.checkpoints.helpers import GENERATOR, tiny_release
+from tests.paths import CONFIGS
 from vgen.checkpoints.release import build, load_pipeline, save_release
+from vgen.checkpoints.sampling_job import sample
 from vgen.errors import UserError
+from vgen.evaluation.job import evaluate
 from vgen.pixels import to_uint8
 from vgen.processes import Processes
 from vgen.sampling.animation import animate
@@ -109,6 +114,27 @@ def test_a_job_of_short_samples_is_told_apart(release, tmp_path):
         assert animation.n_frames == 3
     with pytest.raises(UserError, match="num_tokens"):
         run(2)
+
+
+def test_sample_and_evaluate_take_the_number_of_tokens(release, tmp_path):
+    def configured(name, *overrides):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(name, [f"checkpoint={release}", f"out={tmp_path / name}", "device=cpu", *overrides])
+
+    sample(configured("sample", "num_samples=5", "num_tokens=2", "sampling.seed=3"))
+    drawn = np.load(tmp_path / "sample" / "samples.npz")
+    pipeline = load_pipeline(release, device=CPU, num_tokens=2)
+    expected = pipeline.generate(torch.from_numpy(drawn["arr_1"]), torch.arange(5), Sampling(seed=3))
+    assert np.array_equal(drawn["arr_0"], expected.permute(0, 2, 3, 1).numpy())
+    scored = configured("evaluate", f"samples={tmp_path / 'sample'}", "checkpoint=null", "data=digits", "num_tokens=2")
+    with pytest.raises(UserError, match="num_tokens has no effect on stored samples"):
+        evaluate(scored)
+    scored = configured("evaluate", f"checkpoint={release.parent / 'tokenizer'}", "data=digits", "num_tokens=2")
+    with pytest.raises(UserError, match="num_tokens and text_features are for generators"):
+        evaluate(scored)
+    settings = configured("evaluate", "num_tokens=2", "num_samples=4", "data=digits", "data.image_size=8")
+    report = evaluate(OmegaConf.merge(settings, {"evaluation": {"metrics": ["nearest"]}}))
+    assert report["sampling"]["num_tokens"] == report["sampling"]["forward_passes"] == 2
 
 
 def test_the_animation_shows_the_prefix_decided_so_far(release, tmp_path, monkeypatch):
