@@ -133,7 +133,7 @@ def test_sample_and_evaluate_take_the_number_of_tokens(release, tmp_path):
     with pytest.raises(UserError, match="num_tokens and text_features are for generators"):
         evaluate(scored)
     settings = configured("evaluate", "num_tokens=2", "num_samples=4", "data=digits", "data.image_size=8")
-    report = evaluate(OmegaConf.merge(settings, {"evaluation": {"metrics": ["nearest"]}}))
+    report = evaluate(OmegaConf.merge(settings, {"metrics": ["nearest"]}))
     assert report["sampling"]["num_tokens"] == report["sampling"]["forward_passes"] == 2
 
 

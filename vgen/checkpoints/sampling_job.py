@@ -26,8 +26,8 @@ def sample(config: DictConfig) -> None:
         dtype=pick_dtype(plain["dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
-        edit=None if plain["edit"] is None else build(plain["edit"]),
-        extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
+        edit=build(plain["edit"]) if plain.get("edit") else None,
+        extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
         num_tokens=plain["num_tokens"],
         text_features=plain["text_features"],
     )
@@ -37,7 +37,7 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in _OPTIONAL if plain[name] is not None},
+        **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
     }
     if plain["text_features"] is not None:
         identity["text_features_sha256"] = file_sha256(plain["text_features"])
