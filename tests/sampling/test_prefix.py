@@ -18,9 +18,12 @@ from vgen.sampling.extrapolate import Extrapolation
 from vgen.sampling.job import run_sampling
 from vgen.sampling.prefix import passes_for
 from vgen.sampling.settings import Guidance, Sampling
+from vgen.schedules.diagonal import diagonal
 from vgen.schedules.parallel import parallel
 from vgen.schedules.randar import randar
+from vgen.schedules.rar import rar
 from vgen.schedules.raster import raster
+from vgen.schedules.zipar import zipar
 
 CPU = torch.device("cpu")
 TOKENIZER = {
@@ -175,6 +178,17 @@ def test_plans_whose_first_passes_decide_other_tokens_are_refused(release):
         passes_for(first + 1, in_order, tokenizer)
 
 
-def test_orders_of_a_plane_refuse_tokens_in_a_row():
-    with pytest.raises(UserError):
-        parallel(grid=(6,), regions=4)
+@pytest.mark.parametrize(
+    ("order", "options"),
+    [
+        (parallel, {"regions": 4}),
+        (diagonal, {}),
+        (zipar, {}),
+        (rar, {"scan": "alternate"}),
+        (rar, {"scan": "spiral-in"}),
+    ],
+    ids=["parallel", "diagonal", "zipar", "alternate", "spiral"],
+)
+def test_orders_of_a_plane_refuse_tokens_in_a_row(order, options):
+    with pytest.raises(UserError, match=r"\(6,\) (has not both|is not \(H, W\))"):
+        order(grid=(6,), **options)
