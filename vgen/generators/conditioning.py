@@ -108,16 +108,13 @@ class TextContext(nn.Module):
             features: float [n, T, caption_dim], zeros where padded.
 
         Raises:
-            UserError: for another shape, or a caption without any feature.
+            UserError: for another shape.
         """
         if features.dim() != 3 or features.shape[1:] != (self.num_features, self.caption_dim):
             raise UserError(
                 f"text features of shape {list(features.shape)} do not fit this generator, which takes [captions, "
                 f"{self.num_features}, {self.caption_dim}]"
             )
-        empty = ~torch.stack([caption.any() for caption in features])
-        if bool(empty.any()):
-            raise UserError(f"text features: caption {int(empty.nonzero()[0])} is all zeros, that is, all padding")
         self._captions = [features]
 
     @property

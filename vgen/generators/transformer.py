@@ -286,7 +286,9 @@ class Transformer(nn.Module):
         rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
         if self.num_context:
             context = condition[:, self.num_condition :]
-            seen["context_mask"] = context.ne(0).any(-1)[:, None, None]
+            visible = context.ne(0).any(-1)
+            # An empty caption is all padding; attending to its zeros changes nothing, to nothing would be undefined.
+            seen["context_mask"] = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
             # Passes after the one that feeds the condition find its keys and values in the cache.
             seen["context"] = context if len(feed.conditions) else None
         return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
