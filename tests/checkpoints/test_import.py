@@ -4,7 +4,7 @@ import yaml
 
 from tests.paths import CONFIGS
 from vgen.checkpoints import __main__ as importer
-from vgen.checkpoints import llamagen_gpt, llamagen_vq, par, randar, rar, titok
+from vgen.checkpoints import llamagen_gpt, llamagen_vq, maskgit, par, randar, rar, titok
 from vgen.checkpoints.release import build, load_pipeline
 from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition
@@ -170,6 +170,25 @@ def test_a_tokenizer_of_another_kind_is_named(tmp_path, configs, capsys):
         run(tmp_path, "--vq-preset", "maskgit_vqgan")
     assert stop.value.code == 2
     assert "choose --vq-preset vq16, vq8" in capsys.readouterr().err
+
+
+def test_masked_generators_are_imported_with_their_mask_token(tmp_path, configs):
+    switches = yaml.safe_load((CONFIGS / "generator" / "maskgit_vit.yaml").read_text())
+    switches |= {"dim": 32, "depth": 1, "heads": 2, "ffn_hidden": 48}
+    (importer.CONFIGS / "generator" / "maskgit_vit.yaml").write_text(yaml.safe_dump(switches))
+    published(tmp_path)
+    options = {key: value for key, value in switches.items() if key != "defaults"}
+    condition = ClassCondition(num_classes=1000, dim=32)
+    generator = Transformer(vocab_size=32, grid=(4, 4), condition=condition, mask_token=True, **options).eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(maskgit.to_published(generator.state_dict()), tmp_path / "gpt.pt")
+    run(tmp_path, "--family", "maskgit", "--size", "maskgit_vit", "--schedule", '{"steps": 5}')
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    assert len(pipeline.plan.forwards) == 5
+    ids, labels, hidden = torch.randint(32, (2, 16)), torch.tensor([7, 999]), torch.rand(2, 16) < 0.5
+    expected = generator.logits(ids, labels, pipeline.plan, hidden=hidden)
+    assert torch.equal(pipeline.generator.logits(ids, labels, pipeline.plan, hidden=hidden), expected)
 
 
 @pytest.mark.parametrize("missing", ["pos_embed", "cls_token"])

@@ -20,6 +20,7 @@ def tiny_generator(plan: Plan, *, vocab_size: int = 23, num_classes: int = 5, se
         num_readouts=plan.num_heads,
         num_learned=plan.num_learned,
         position_queries=plan.has_queries,
+        mask_token=plan.masking is not None,
         **sizes,
     )
     for parameter in generator.parameters():

@@ -78,11 +78,11 @@ def test_generators_for_flextok_have_the_size_the_paper_gives(name):
     assert millions == pytest.approx(FLEXTOK[name], rel=0.003)
 
 
-SMALL = {"base", "digits", "s", "flextok_ar_base", "flextok_ar_digits", "flextok_ar_text_base"}
+SMALL = {"base", "digits", "maskgit_digits", "s", "flextok_ar_base", "flextok_ar_digits", "flextok_ar_text_base"}
 
 
 def test_every_preset_is_checked_or_small():
     names = {path.stem for path in (CONFIGS / "generator").glob("*.yaml")}
-    # Those of RAR are compared with the manifests of the published files.
-    by_manifest = {"m", "rar_base", "rar_b", "rar_l", "rar_xl", "rar_xxl"}
+    # Those of RAR and MaskGIT are compared with the manifests of the published files.
+    by_manifest = {"m", "rar_base", "rar_b", "rar_l", "rar_xl", "rar_xxl", "maskgit_vit", "maskgit_uvit"}
     assert names - set(PUBLISHED) - set(INFERRED) - set(FLEXTOK) - by_manifest == SMALL

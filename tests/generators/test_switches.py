@@ -9,6 +9,7 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions
 from vgen.generators.transformer import Transformer
+from vgen.layers.mlp import GeluMLP
 from vgen.layers.rope import Rotary, rope_table
 from vgen.schedules.catalog import load_plan
 from vgen.schedules.moves import moves_of
@@ -32,6 +33,8 @@ SWITCHES = {
         "final_norm_affine": False,
     },
     "normed queries": {"qk_norm": "rms", "kv_heads": 1},
+    "BERT": {"norm": "layer", "norm_position": "post", "embedding_norm": True, "final_norm": False, "bias": True},
+    "long skips": {"depth": 3, "long_skips": True, "ffn": "gelu", "bias": True, "qkv_bias": False},
 }
 ORDERS = ["raster", "diagonal", "neighboring", "parallel", "rar", "randar"]
 
@@ -44,6 +47,8 @@ def network(plan, options):
             return None
         options["directions"] = moves_of(plan)
     if plan.has_queries and (options.get("rope", "own") != "own" or "step" in options.get("adaln", ())):
+        return None
+    if options.get("long_skips") and plan.num_heads > 1:
         return None
     if plan.any_order and not plan.has_queries and options.get("rope") != "own_target":
         options["positions"] = "own_target"
@@ -152,12 +157,31 @@ def test_the_frozen_codebook_is_not_trained_and_fills_the_wanted_spread():
         ({"rope": "own_target", "dim": 36, "heads": 2}, "divisible by 4"),
         ({"rope": "none", "position_queries": True}, "rope=own"),
         ({"token_dropout_on": "words"}, "choose one of all, tokens"),
+        ({"norm_position": "middle"}, "choose one of pre, post"),
+        ({"norm_position": "post", "adaln": ["condition"]}, "pre-norm"),
+        ({"long_skips": True, "depth": 2}, "odd generator.depth"),
+        ({"long_skips": True, "num_readouts": 2}, "one output head"),
+        ({"ffn_inner_dropout": 0.1}, "ffn=gelu"),
+        ({"embedding_norm": True, "token_dropout_on": "tokens"}, "token_dropout_on=all"),
+        ({"mask_token": True, "codebook_dim": 4}, "codebook_dim=null"),
     ],
 )
 def test_switches_that_do_not_fit_are_refused(options, message):
     sizes = {"dim": 32, "depth": 1, "heads": 2} | options
     with pytest.raises(UserError, match=message):
         Transformer(vocab_size=8, grid=(2, 2), condition=ClassCondition(num_classes=2, dim=sizes["dim"]), **sizes)
+
+
+def test_dropout_stands_where_bert_has_it():
+    """On the embedded sequence behind its norm, on attention and feed-forward outputs, not inside."""
+    inner = GeluMLP(dim=4, hidden=8, dropout=0.0, inner_dropout=1.0)
+    assert torch.equal(inner(torch.randn(3, 4)), inner.fc2.bias.expand(3, -1))
+    plan = load_plan("raster", (2, 2), {})
+    bert = SWITCHES["BERT"] | {"rope": "none", "positions": "own", "token_dropout": 1.0}
+    generator, tensors = network(plan, bert).train(), plan.on(torch.device("cpu"))
+    ids, condition = torch.zeros(1, 4, dtype=torch.int64), generator.condition(torch.tensor([0]))
+    entered, _ = generator.enter(ids, condition, tensors.feed, tensors.order, causal=True, mask=None)
+    assert (entered == 0).all(), "positions and the shift of the norm are dropped too"
 
 
 def test_text_has_no_class_vector_to_modulate_with():

@@ -114,5 +114,7 @@ def test_what_does_not_fit_is_named():
     generator = tiny()
     with pytest.raises(UserError, match=r"shape \[3, 4, 6\] do not fit"):
         generator.condition.attach(torch.randn(3, 4, 6))
+    with pytest.raises(UserError, match="no place for cross-attention"):
+        tiny(norm_position="post")
     with pytest.raises(UserError, match="without cross-attention"):
         tiny(adaln=["step"])

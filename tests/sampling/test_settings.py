@@ -33,6 +33,9 @@ def test_sampling_out_of_range_names_its_key(options, key):
         {"power": -1.0},
         {"start": 5, "end": 4},
         {"start": -1},
+        {"convention": "two-plus"},
+        {"along": "time"},
+        {"convention": "one-plus", "schedule": "power-cosine"},
     ],
 )
 def test_guidance_out_of_range_names_its_key(options):
@@ -48,6 +51,13 @@ def test_weights_of_the_three_schedules():
     assert cosine.weight(0, 16) == 1.0
     assert cosine.weight(8, 16) == pytest.approx(1 + 2 * (1 - 2**-0.5) / 2)
     assert Guidance(scale=3.0, schedule="power-cosine", power=0.0).weight(0, 16) == 3.0
+
+
+def test_the_one_plus_convention_counts_one_less():
+    assert Guidance(scale=3.0, convention="one-plus").weight(0, 8) == 4.0
+    linear = Guidance(scale=4.0, schedule="linear", convention="one-plus", initial=0.0)
+    assert [linear.weight(k, 8) for k in (0, 2, 8)] == [1.0, 2.0, 5.0]
+    assert Guidance(scale=3.0, convention="one-plus", start=2).weight(1, 8) == 1.0
 
 
 def test_interval_counts_decided_tokens():

@@ -1,6 +1,7 @@
 """Properties of every order on drawn grids and options."""
 
 from math import prod
+from typing import get_args
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from tests.schedules.helpers import ORDERS, same_plan
 from vgen.schedules.catalog import load_plan
 from vgen.schedules.check import check_plan
+from vgen.schedules.masking import Ratio
 from vgen.schedules.scans import SCANS
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -43,6 +45,9 @@ def cases(draw):
         options["steps"] = draw(st.one_of(st.none(), st.integers(1, prod(grid))))
         options["num_known"] = draw(st.integers(0, prod(grid) - 1))
         options["order"] = draw(st.sampled_from(["random", "raster"]))
+    elif name == "masked":
+        options["steps"] = draw(st.integers(1, prod(grid)))
+        options["ratio"] = draw(st.sampled_from(get_args(Ratio)))
     elif name == "rar" and len(grid) > 1:
         options["scan"] = draw(st.sampled_from(sorted(SCANS)))
     return name, grid, options
@@ -67,6 +72,8 @@ def test_passes_follow_the_closed_forms(case):
     passes, tokens = len(load_plan(name, grid, options).forwards), prod(grid)
     if name in ("raster", "diagonal", "rar"):
         assert passes == tokens
+    elif name == "masked":
+        assert passes == options["steps"]
     elif name == "neighboring":
         assert passes == sum(grid) - len(grid) + 1
     elif name == "parallel":

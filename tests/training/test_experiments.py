@@ -29,11 +29,16 @@ PARAMETERS = {
     "randar_xl": 774_700_800,
     "randar_xxl": 1_410_974_208,
     "ucf101_larp": 193_880_224,
+    # The published 177,227,008 without BERT's two token types, which are part of our positions.
+    "maskgit_b64": 177_227_008 - 2 * 768,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {
     "digits_raster": (256, (4, 4), 10),
+    "digits_maskgit": (256, (4, 4), 10),
     "cifar10_raster": (4096, (8, 8), 10),
+    "cifar10_maskgit": (4096, (8, 8), 10),
+    "maskgit_b64": (4096, (64,), 1000),
     "digits_flextok_ar": (200, (16,), 10),
     "cifar10_flextok_ar": (12800, (64,), 10),
     "imagenet256_flextok_ar": (64000, (256,), 1000),

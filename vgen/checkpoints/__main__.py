@@ -12,6 +12,7 @@ import vgen
 from vgen.checkpoints.flextok import flextok_config, load_flextok, load_published_vae, published_vae_config
 from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
 from vgen.checkpoints.llamagen_vq import load_llamagen_vq
+from vgen.checkpoints.maskgit import load_maskgit
 from vgen.checkpoints.nar import load_nar
 from vgen.checkpoints.par import load_par
 from vgen.checkpoints.randar import load_randar
@@ -27,6 +28,7 @@ CONFIGS = Path(vgen.__file__).parents[1] / "configs"
 VQ_PRESETS = ("vq16", "vq8", "maskgit_vqgan")
 FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
     "llamagen": ("raster", load_llamagen_gpt),
+    "maskgit": ("masked", load_maskgit),
     "nar": ("neighboring", load_nar),
     "par": ("parallel", load_par),
     "randar": ("randar", load_randar),
@@ -149,6 +151,7 @@ def import_generator(
         "num_readouts": plan.num_heads,
         "num_learned": plan.num_learned,
         "position_queries": plan.has_queries,
+        "mask_token": plan.masking is not None,
     }
     generator = build(config)
     assert isinstance(generator, Transformer)

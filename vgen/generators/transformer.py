@@ -1,7 +1,8 @@
 """The one decoder-only transformer: it knows slots, not decode orders.
 
 With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
-cover its relatives NAR, PAR, RandAR, RAR, DAR, LARP and FlexTok's generators.
+cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of MaskGIT and
+TiTok.
 """
 
 import copy
@@ -32,7 +33,7 @@ AdaLNInput = Literal["condition", "step", "direction"]
 
 
 class Transformer(nn.Module):
-    """Decoder-only transformer over the slots of a plan.
+    """Transformer over the slots of a plan, which says what each of them sees.
 
     Args:
         vocab_size: number of token ids V.
@@ -51,8 +52,13 @@ class Transformer(nn.Module):
         norm: ``rms`` or ``layer``.
         norm_eps: of all norms.
         norm_affine: norms inside the blocks learn a scale.
-        final_norm_affine: norms before the output heads learn a scale.
+        norm_position: ``pre`` (norms in front of attention and feed-forward layers) or ``post`` (behind the sums, as in
+            BERT).
+        embedding_norm: norm of the embedded slots, positions included, in front of token_dropout (BERT).
+        final_norm: norms before the output heads.
+        final_norm_affine: they learn a scale.
         bias: biases on the projections of attention and feed-forward layers.
+        qkv_bias: biases on the query-key-value projection; null = as ``bias``.
         head_bias: biases on the output heads.
         qk_norm: norm of queries and keys over the head width, ``layer`` or ``rms``; null = none.
         rope: rotary code: ``own`` place of a slot, ``own_target`` (half of the head by the place it predicts: DAR's 4D
@@ -71,13 +77,17 @@ class Transformer(nn.Module):
         token_dropout_on: ``all`` slots or ``tokens`` alone (RandAR).
         attention_dropout: on the attention weights.
         residual_dropout: on the attention output.
-        ffn_dropout: on the feed-forward output.
+        ffn_dropout: on the feed-forward output, with gelu on the inner activations too.
+        ffn_inner_dropout: on the inner activations of gelu; null = as ffn_dropout.
         drop_path: stochastic depth of the last block, growing linearly from 0.
+        long_skips: every block of the second half first mixes in the output of its mirror image in the first half, by a
+            linear layer (U-ViT); needs an odd depth, the block in the middle stands alone.
         num_readouts: output heads; each after the first sits behind one more block chained to the previous one. Taken
             from the plan (``Plan.num_heads``).
         num_learned: learned slot embeddings. Taken from the plan (``Plan.num_learned``).
         position_queries: one learned vector that asks for a token by the rotary code of its place (RandAR). Taken from
             the plan (``Plan.has_queries``).
+        mask_token: one more token embedding, for tokens that are not known. Taken from the plan (``Plan.masking``).
         gradient_checkpointing: recompute blocks in the backward pass.
 
     Raises:
@@ -101,8 +111,12 @@ class Transformer(nn.Module):
         norm: NormKind = "rms",
         norm_eps: float = 1e-5,
         norm_affine: bool = True,
+        norm_position: Literal["pre", "post"] = "pre",
+        embedding_norm: bool = False,
+        final_norm: bool = True,
         final_norm_affine: bool = True,
         bias: bool = False,
+        qkv_bias: bool | None = None,
         head_bias: bool = False,
         qk_norm: NormKind | None = None,
         rope: RopeKind = "own",
@@ -118,10 +132,13 @@ class Transformer(nn.Module):
         attention_dropout: float = 0.0,
         residual_dropout: float = 0.1,
         ffn_dropout: float = 0.1,
+        ffn_inner_dropout: float | None = None,
         drop_path: float = 0.0,
+        long_skips: bool = False,
         num_readouts: int = 1,
         num_learned: int = 0,
         position_queries: bool = False,
+        mask_token: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -133,6 +150,7 @@ class Transformer(nn.Module):
         _check_choices(
             ffn=(ffn, ("swiglu", "gelu")),
             norm=(norm, ("rms", "layer")),
+            norm_position=(norm_position, ("pre", "post")),
             qk_norm=(qk_norm, (None, "rms", "layer")),
             rope=(rope, ("own", "own_target", "none")),
             rope_placeless=(rope_placeless, ("zero", "identity")),
@@ -145,6 +163,18 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.told_target = positions == "own_target" or rope == "own_target"
         self.adaln = _check_adaln(adaln, condition, directions)
+        _check_combinations(
+            (long_skips and depth % 2 == 0, f"generator.long_skips needs an odd generator.depth, not {depth}"),
+            (long_skips and num_readouts > 1, "generator.long_skips goes with schedules of one output head only"),
+            (
+                norm_position == "post" and isinstance(condition, TextContext),
+                "generator.norm_position=post has no place for cross-attention; set it to pre",
+            ),
+            (norm_position == "post" and self.adaln, "generator.adaln modulates pre-norm blocks; leave it empty"),
+            (ffn == "swiglu" and ffn_inner_dropout is not None, "generator.ffn_inner_dropout goes with ffn=gelu only"),
+            (embedding_norm and token_dropout_on != "all", "generator.embedding_norm needs token_dropout_on=all"),
+            (mask_token and codebook_dim is not None, "a codebook has no mask token: set generator.codebook_dim=null"),
+        )
         if ffn_hidden is None:
             swiglu = swiglu_width(dim, multiplier=ffn_multiplier, multiple_of=ffn_multiple_of)
             ffn_hidden = swiglu if ffn == "swiglu" else 4 * dim
@@ -157,19 +187,22 @@ class Transformer(nn.Module):
             norm=norm,
             norm_eps=norm_eps,
             norm_affine=norm_affine,
+            norm_position=norm_position,
             bias=bias,
+            qkv_bias=qkv_bias,
             qk_norm=qk_norm,
             modulated=bool(self.adaln),
             attention_dropout=attention_dropout,
             residual_dropout=residual_dropout,
             ffn_dropout=ffn_dropout,
+            ffn_inner_dropout=ffn_inner_dropout,
             cross_attention=isinstance(condition, TextContext),
         )
         blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
         self.tok_embeddings: nn.Embedding | CodebookEmbedding
         if codebook_dim is None:
-            self.tok_embeddings = nn.Embedding(vocab_size, dim)
+            self.tok_embeddings = nn.Embedding(vocab_size + mask_token, dim)
         else:
             self.tok_embeddings = CodebookEmbedding(vocab_size=vocab_size, codebook_dim=codebook_dim, dim=dim)
         self.learned_embeddings = nn.Embedding(num_learned, dim) if num_learned else None
@@ -183,13 +216,18 @@ class Transformer(nn.Module):
         )
         self.steps = nn.Embedding(slots, dim) if "step" in self.adaln else None
         self.directions = Directions(grid=self.grid, moves=directions, dim=dim) if directions is not None else None
+        self.mask_token = mask_token
+        self.embedding_norm = make_norm(norm, dim, eps=norm_eps) if embedding_norm else None
         self.token_dropout = nn.Dropout(token_dropout)
         self.token_dropout_on = token_dropout_on
+        self.first_skip = blocks // 2 + 1 if long_skips else blocks
         self.layers = nn.ModuleList(
-            Block(shape, drop_path=rate) for rate in torch.linspace(0, drop_path, blocks, device="cpu").tolist()
+            Block(shape, drop_path=rate, skip=index >= self.first_skip)
+            for index, rate in enumerate(torch.linspace(0, drop_path, blocks, device="cpu").tolist())
         )
         self.norms = nn.ModuleList(
-            make_norm(norm, dim, eps=norm_eps, affine=final_norm_affine) for _ in range(num_readouts)
+            make_norm(norm, dim, eps=norm_eps, affine=final_norm_affine) if final_norm else nn.Identity()
+            for _ in range(num_readouts)
         )
         self.modulations = nn.ModuleList(Modulation(dim=dim, parts=2) for _ in range(num_readouts if self.adaln else 0))
         outputs = [nn.Linear(dim, vocab_size, bias=head_bias) for _ in range(num_readouts)]
@@ -223,6 +261,11 @@ class Transformer(nn.Module):
         return self.condition.num_features if isinstance(self.condition, TextContext) else 0
 
     @property
+    def unknown_id(self) -> int:
+        """Id to feed where a token is not known: the mask token, or any id where the slot is not read."""
+        return self.vocab_size if self.mask_token else 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return next(self.outputs.parameters()).dtype
@@ -240,12 +283,13 @@ class Transformer(nn.Module):
         """
         if plan.grid != self.grid:
             raise UserError(f"schedule '{plan.name}' covers the grid {plan.grid}, the generator the grid {self.grid}")
-        mine = (self.num_condition, self.num_readouts, self.num_learned, self.query_embedding is not None)
-        needs = (plan.num_condition, plan.num_heads, plan.num_learned, plan.has_queries)
+        asks = self.query_embedding is not None
+        mine = (self.num_condition, self.num_readouts, self.num_learned, asks, self.mask_token)
+        needs = (plan.num_condition, plan.num_heads, plan.num_learned, plan.has_queries, plan.masking is not None)
         if mine != needs:
             raise UserError(
-                f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings, position queries) = "
-                f"{needs}, the generator has {mine}: it was trained for another schedule; choose that one"
+                f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings, position queries, "
+                f"mask token) = {needs}, the generator has {mine}: it was trained for another schedule; choose that one"
             )
         if plan.any_order and not (self.told_target or plan.has_queries):
             raise UserError(
@@ -323,11 +367,11 @@ class Transformer(nn.Module):
         out = parts[0] if len(parts) == 1 else torch.cat([part.type_as(parts[0]) for part in parts], dim=1)
         if feed.arrange is not None:
             out = out[:, feed.arrange]
-        if everywhere:
+        if everywhere and self.embedding_norm is None:
             out = self.token_dropout(out)
         if self.places is not None:
             out = out + self.places(feed.slots, places.own, places.target, prod(self.grid))
-        return out
+        return out if self.embedding_norm is None else self.token_dropout(self.embedding_norm(out))
 
     def ask(self, positions: Tensor) -> Tensor:
         """Query embeddings [1 or B, n, dim] of raster positions int64 [n] or [B, n]: one vector, rotated per head."""
@@ -365,17 +409,21 @@ class Transformer(nn.Module):
         Returns:
             One hidden state [B, F, dim] per output head.
         """
-        hidden = []
+        hidden: list[Tensor] = []
+        earlier: list[Tensor] = []
         # Only training calls the compiled blocks: decoding changes shapes at every pass, and each would compile again.
         training = self.training and torch.is_grad_enabled()
         first_readout = len(self.layers) - self.num_readouts
         for index, block in enumerate(self.layers):
+            skipped = earlier.pop() if index >= self.first_skip else None
             if not training:
-                x = block.forward(x, view, index)
+                x = block.forward(x, view, index, skipped)
             elif self.gradient_checkpointing:
-                x = checkpoint(block, x, view, index, use_reentrant=False)
+                x = checkpoint(block, x, view, index, skipped, use_reentrant=False)
             else:
-                x = block(x, view, index)
+                x = block(x, view, index, skipped)
+            if index < len(self.layers) - self.first_skip:
+                earlier.append(x)
             if index >= first_readout:
                 hidden.append(x)
         return hidden
@@ -422,6 +470,7 @@ class Transformer(nn.Module):
         order: Tensor | None = None,
         drop: Tensor | None = None,
         padding: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Teacher-forced logits of every token.
 
@@ -432,12 +481,16 @@ class Transformer(nn.Module):
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
+            hidden: bool [B, N], raster order, tokens replaced by the mask token, for plans with one; null = none.
 
         Returns:
             float32 [B, N, V], raster order; the logits of a token depend only on the condition and on tokens decided in
-            earlier passes.
+            earlier passes, for plans with a mask token on all tokens that are not hidden.
         """
         tensors = plan.on(ids.device)
+        if hidden is not None:
+            assert self.mask_token, "only a network with a mask token can hide tokens"
+            ids = ids.masked_fill(hidden, self.unknown_id)
         assert order is None or plan.any_order, "an order per sample needs a plan of any order"
         if order is None:
             order, read, ordered = tensors.order, tensors.read, ids[:, tensors.order]
@@ -448,7 +501,9 @@ class Transformer(nn.Module):
         if padding is not None:
             assert not self.num_context, "a text context marks its padding by zeros"
             slots = torch.arange(plan.num_slots, device=ids.device)
-            visible = tensors.mask if tensors.mask is not None else slots[None, :] <= slots[:, None]
+            visible = slots[None, :] <= slots[:, None]
+            if not tensors.causal:
+                visible = torch.ones_like(visible) if tensors.mask is None else tensors.mask
             view = replace(view, causal=False, mask=mask_padding(visible, padding, slots))
         return self.read(self.run_blocks(x, view), read, plan.num_tokens, view.modulator)
 
@@ -458,7 +513,7 @@ class Transformer(nn.Module):
         condition: Tensor,
         forward: Forward,
         order: Tensor,
-        cache: KVCache,
+        cache: KVCache | None,
         *,
         padding: Tensor | None = None,
         blank: Tensor | None = None,
@@ -470,7 +525,7 @@ class Transformer(nn.Module):
             condition: [B, num_condition, dim], embedded condition.
             forward: the pass, on the device of the network.
             order: int64 [N] or [B, N], raster position of every order index.
-            cache: keys and values of earlier passes; written to.
+            cache: keys and values of earlier passes, written to; None for plans that need none.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
 
@@ -553,6 +608,12 @@ def _check_choices(**choices: tuple[object, tuple]) -> None:
         if value not in allowed:
             words = ", ".join("null" if choice is None else choice for choice in allowed)
             raise UserError(f"generator.{name}={value} is unknown; choose one of {words}")
+
+
+def _check_combinations(*refused: tuple[Any, str]) -> None:
+    for wrong, message in refused:
+        if wrong:
+            raise UserError(message)
 
 
 def _check_adaln(

@@ -71,6 +71,7 @@ class Attention(nn.Module):
         dropout: probability on the attention weights.
         residual_dropout: probability on the output.
         bias: biases on both projections.
+        qkv_bias: biases on the first projection; None = as ``bias``.
         qk_norm: norm of every query and key over the head width, shared by all heads; None = none.
         norm_eps: of that norm.
     """
@@ -84,13 +85,15 @@ class Attention(nn.Module):
         dropout: float,
         residual_dropout: float,
         bias: bool = False,
+        qkv_bias: bool | None = None,
         qk_norm: NormKind | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
+        qkv_bias = bias if qkv_bias is None else qkv_bias
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.dropout = dropout
-        self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=bias)
+        self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.q_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.wo = nn.Linear(dim, dim, bias=bias)

@@ -42,14 +42,18 @@ class GeluMLP(nn.Module):
         hidden: inner width.
         dropout: probability on the inner and on the outer activations.
         bias: biases on both projections.
+        inner_dropout: probability on the inner activations alone; None = as dropout.
     """
 
-    def __init__(self, *, dim: int, hidden: int, dropout: float, bias: bool = True) -> None:
+    def __init__(
+        self, *, dim: int, hidden: int, dropout: float, bias: bool = True, inner_dropout: float | None = None
+    ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.inner_dropout = nn.Dropout(dropout if inner_dropout is None else inner_dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.inner_dropout(F.gelu(self.fc1(x)))))

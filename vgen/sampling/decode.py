@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
-from vgen.sampling.filters import filter_logits, pick_tokens
+from vgen.sampling.filters import filter_logits
+from vgen.sampling.noise import KeyedNoise, Noise
 from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.course import Course, StaticCourse
 from vgen.schedules.plan import Plan
@@ -35,6 +36,7 @@ def decode(
     order: Tensor | None = None,
     spatial: SpatialGuidance | None = None,
     num_passes: int | None = None,
+    noise: Noise | None = None,
     trace: Trace | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
@@ -42,7 +44,7 @@ def decode(
 
     The order of operations in a pass: guidance on float32 logits, temperature, top-k, top-p, draw. Random numbers are
     keyed by (seed, sample index, raster position). The unconditional branch is computed only up to the last pass whose
-    guidance weight differs from 1.
+    guidance weight differs from 1; without a cache only in such passes.
 
     Args:
         generator: the network, in eval mode, on the device to decode on.
@@ -58,6 +60,7 @@ def decode(
             drawn per sample where the plan says so.
         spatial: guidance away from a branch that sees only a part of the given tokens; null = none.
         num_passes: stop after this many passes; tokens not decided are 0.
+        noise: source of the draws; null = keyed.
         trace: called with (pass, guided logits float32 [B, D, V]) after every pass.
         watch: called with (pass, ids int64 [B, N] in raster order, -1 where undecided) after every pass.
 
@@ -84,43 +87,57 @@ def decode(
     if known is not None and known_ids is not None:
         given[:, :total], fixed[:, :total] = _ordered(known, order), _ordered(known_ids, order)
         ids[:, : plan.num_known] = fixed[:, : plan.num_known]
-    uniform = torch.zeros(batch, total + 1, dtype=torch.float64, device=device)
-    uniform[:, :total] = keyed_uniform(sampling.seed, sample_index[:, None], order)
+        if plan.masking is not None:
+            ids = torch.where(given, fixed, ids)
+    noise = KeyedNoise(sampling.seed, sample_index, order) if noise is None else noise
 
-    course = _course(plan, batch, device, order, sampling.seed, sample_index)
-    weights = [sampling.guidance.weight(decided, total) for decided in range(total + 1)]
-    visited = range(total) if plan.policy is not None else plan.decided_before()[:num_passes]
-    last_guided = max((decided for decided in visited if weights[decided] != 1.0), default=-1)
+    course = _course(plan, batch, device, noise, None if known is None else given[:, :total])
+    by_pass = sampling.guidance.along == "passes"
+    weights = _guidance_weights(plan, sampling)
+    visited = range(len(weights) - 1) if by_pass or plan.policy is not None else plan.decided_before()[:num_passes]
+    last_guided = max((moment for moment in visited if weights[moment] != 1.0), default=-1)
     branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
     blank = None if spatial is None else _blank(given[:, :total], spatial, order, sampling.seed, sample_index)
-    by_decided = torch.tensor(weights, device=device)
+    by_moment = torch.tensor(weights, device=device)
 
     embedded = _embed_condition(generator, condition, branches)
     if padding is not None:
         padding = padding.repeat(branches, 1)
-    cache = generator.new_cache(len(embedded), plan.num_rows)
+    cache = generator.new_cache(len(embedded), plan.num_rows) if plan.needs_cache else None
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
-        if branches == 2 and isinstance(decided, int) and decided > last_guided:
+        moment = index if by_pass else decided
+        if branches == 2 and isinstance(moment, int) and moment > last_guided:
             branches = 1
-            cache.narrow(batch)
+            if cache is not None:
+                cache.narrow(batch)
             embedded = embedded[:batch]
             padding = None if padding is None else padding[:batch]
-        fed, places = ids.clamp(min=0), order
-        if branches > 1:
-            fed = fed.repeat(branches, 1)
-            places = order if order.dim() == 1 else order.repeat(branches, 1)
-        logits = generator.step(fed, embedded, forward.repeated(branches), places, cache, padding=padding, blank=blank)
-        if branches > 1:
-            weight = weights[decided] if isinstance(decided, int) else by_decided[decided][:, None, None]
+        plain = cache is None and branches == 2 and isinstance(moment, int) and weights[moment] == 1.0
+        live = 1 if plain else branches
+        fed, places = ids.masked_fill(ids < 0, generator.unknown_id), order
+        if live > 1:
+            fed = fed.repeat(live, 1)
+            places = order if order.dim() == 1 else order.repeat(live, 1)
+        logits = generator.step(
+            fed,
+            embedded[: live * batch],
+            forward.repeated(live),
+            places,
+            cache,
+            padding=None if padding is None else padding[: live * batch],
+            blank=blank,
+        )
+        if live > 1:
+            weight = weights[moment] if isinstance(moment, int) else by_moment[moment][:, None, None]
             share = decided / total if isinstance(decided, int) else 0.0
-            logits = _guide(logits, branches, weight, 0.0 if spatial is None else spatial.weight(share))
+            logits = _guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
         if trace is not None:
             trace(index, logits)
         targets = forward.targets.expand(batch, -1)
-        probabilities, tokens = _choose(logits, uniform.gather(1, targets), sampling, course.needs_probabilities)
-        tokens = course.settle(tokens, probabilities)
+        scores, tokens = _choose(logits, targets, sampling, course, noise)
+        tokens = course.settle(tokens, scores)
         if known is not None:
             tokens = torch.where(given.gather(1, targets), fixed.gather(1, targets), tokens)
         ids.scatter_(1, targets, tokens)
@@ -159,20 +176,24 @@ def _check_known(plan: Plan, known: Tensor | None) -> None:
         )
 
 
-def _course(plan: Plan, batch: int, device: torch.device, order: Tensor, seed: int, sample_index: Tensor) -> Course:
+def _course(plan: Plan, batch: int, device: torch.device, noise: Noise, known: Tensor | None) -> Course:
     """Begin the walk through a plan."""
     forwards = plan.on(device).forwards
     if plan.policy is None:
         return StaticCourse(forwards, plan.decided_before())
-
-    def uniform(index: Tensor, trial: Tensor, stream: int) -> Tensor:
-        return keyed_uniform(seed, sample_index[:, None], _ordered_places(order, index), trial, stream)
-
-    return plan.policy.start(forwards[0], batch, uniform)
+    return plan.policy.start(forwards[0], batch, noise.uniform, known)
 
 
-def _ordered_places(order: Tensor, index: Tensor) -> Tensor:
-    return order[index] if order.dim() == 1 else order.gather(1, index)
+def _guidance_weights(plan: Plan, sampling: Sampling) -> list[float]:
+    """Weights by number of tokens decided or passes done, whichever the guidance follows."""
+    guidance = sampling.guidance
+    moments = plan.num_tokens if guidance.along == "tokens" else plan.num_passes
+    if moments is None:
+        raise UserError(
+            f"sampling.guidance.along=passes needs to know how many passes there will be; with this schedule "
+            f"('{plan.name}') it depends on the samples: set along=tokens"
+        )
+    return [guidance.weight(moment, moments) for moment in range(moments + 1)]
 
 
 def _ordered(values: Tensor, order: Tensor) -> Tensor:
@@ -213,11 +234,16 @@ def _guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float
 
 
 def _choose(
-    logits: Tensor, uniform: Tensor, sampling: Sampling, with_probabilities: bool
+    logits: Tensor, targets: Tensor, sampling: Sampling, course: Course, noise: Noise
 ) -> tuple[Tensor | None, Tensor]:
-    """The distributions [B, D, V] if wanted, and tokens int64 [B, D], from logits [B, D, V]."""
-    if sampling.greedy:
-        tokens = logits.argmax(-1)
-        return (F.one_hot(tokens, logits.shape[-1]).float() if with_probabilities else None), tokens
-    filtered = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    return (filtered.double().softmax(-1) if with_probabilities else None), pick_tokens(filtered, uniform)
+    """What the course wants to settle by, float [B, D, V] or None, and tokens int64 [B, D], from logits [B, D, V]."""
+    if course.softmax_temperature != 1.0:
+        logits = logits / course.softmax_temperature
+    if not sampling.greedy:
+        logits = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    cold = sampling.greedy or course.draw_temperature == 0.0
+    sharp = logits if cold or course.draw_temperature == 1.0 else logits / course.draw_temperature
+    tokens = logits.argmax(-1) if cold else noise.pick(sharp, targets, course.trial)
+    if course.needs_probabilities:
+        return F.one_hot(tokens, logits.shape[-1]).float() if cold else sharp.double().softmax(-1), tokens
+    return (logits if course.needs_logits else None), tokens

@@ -7,27 +7,36 @@ from typing import Literal, get_args
 from vgen.errors import UserError
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+Convention = Literal["plain", "one-plus"]
+Along = Literal["tokens", "passes"]
 
 
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance: logits = uncond + w (cond - uncond), in float32.
 
-    With t = share of tokens decided before the pass:
+    With t = share of tokens decided, or of passes done, before the pass:
     ``constant`` w = scale; ``linear`` w = initial + (scale - initial) t (RandAR);
     ``power-cosine`` w = 1 + (scale - 1) (1 - cos(pi t^power)) / 2 (RAR).
+    In the ``one-plus`` convention the schedule gives w - 1: logits = cond + (w - 1) (cond - uncond), as TiTok's
+    generators count with constant and linear guidance (and start linear at ``initial`` 0).
 
     Attributes:
-        scale: guidance scale, >= 0; 1 = conditional logits alone.
+        scale: guidance scale, >= 0; conditional logits alone at 1, or at 0 in the one-plus convention.
         schedule: how w moves while decoding.
+        convention: ``plain`` or ``one-plus``; power-cosine is plain.
+        along: what t counts, ``tokens`` or ``passes``.
         initial: first weight of linear, >= 0.
         power: exponent of power-cosine, >= 0; 0 gives w = scale throughout.
-        start: tokens decided before which w = 1.
-        end: tokens decided from which on w = 1; null = never. LlamaGen's cfg_interval c is end = c + 2.
+        start: tokens decided (or passes done) before which w = 1.
+        end: tokens decided (or passes done) from which on w = 1; null = never. LlamaGen's cfg_interval c is
+            end = c + 2.
     """
 
     scale: float = 1.0
     schedule: GuidanceSchedule = "constant"
+    convention: Convention = "plain"
+    along: Along = "tokens"
     initial: float = 1.0
     power: float = 1.0
     start: int = 0
@@ -44,6 +53,12 @@ class Guidance:
         if self.schedule not in get_args(GuidanceSchedule):
             names = ", ".join(get_args(GuidanceSchedule))
             raise UserError(f"sampling.guidance.schedule={self.schedule} is unknown; choose one of {names}")
+        if self.convention not in get_args(Convention):
+            raise UserError(f"sampling.guidance.convention={self.convention} is unknown; choose plain or one-plus")
+        if self.along not in get_args(Along):
+            raise UserError(f"sampling.guidance.along={self.along} is unknown; choose tokens or passes")
+        if self.convention == "one-plus" and self.schedule == "power-cosine":
+            raise UserError("sampling.guidance.schedule=power-cosine is plain; set sampling.guidance.convention=plain")
         if not (math.isfinite(self.initial) and 0 <= self.initial <= 100):
             raise UserError(f"sampling.guidance.initial={self.initial} must lie in [0, 100]")
         if not (math.isfinite(self.power) and self.power >= 0):
@@ -52,15 +67,15 @@ class Guidance:
             raise UserError(f"sampling.guidance: start={self.start}, end={self.end} must satisfy 0 <= start <= end")
 
     def weight(self, decided: int, total: int) -> float:
-        """Guidance weight of a pass that starts with ``decided`` of ``total`` tokens known."""
+        """Guidance weight w of a pass that starts with ``decided`` of ``total`` tokens known (or passes done)."""
         if decided < self.start or (self.end is not None and decided >= self.end):
             return 1.0
-        share = decided / total
+        share, offset = decided / total, 1.0 if self.convention == "one-plus" else 0.0
         if self.schedule == "linear":
-            return self.initial + (self.scale - self.initial) * share
+            return offset + self.initial + (self.scale - self.initial) * share
         if self.schedule == "power-cosine":
             return 1.0 + (self.scale - 1.0) * (1.0 - math.cos(math.pi * share**self.power)) / 2.0
-        return self.scale
+        return offset + self.scale
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,13 @@ def parse_options(words: list[str]) -> dict[str, Any]:
 def contexts(plan: Plan) -> list[Tensor]:
     """Number of known tokens in the cache that each decided token is predicted from, int64 [D] per pass."""
     holds = torch.full((plan.num_rows,), -1)
-    counts = []
+    counts, decided = [], torch.arange(plan.num_tokens) < plan.num_known
     for forward in plan.forwards:
         kinds, feed = plan.kind[forward.slots], forward.feed
         own = plan.source[forward.slots]
         true = kinds == Kind.TOKEN
         true[kinds == Kind.TOKEN] = feed.tokens == own[kinds == Kind.TOKEN]
+        true[kinds == Kind.TOKEN] &= decided[feed.tokens]
         holds[forward.rows] = torch.where(true, own, -1)
         known = holds[: forward.prefix] >= 0
         seen = known.expand(len(own), -1) if forward.mask is None else forward.mask & known
@@ -55,6 +56,7 @@ def contexts(plan: Plan) -> list[Tensor]:
             for slot, target in zip(slots.tolist(), targets.tolist(), strict=True):
                 union[target] |= seen[slot]
         counts.append(union.sum(1))
+        decided[forward.targets] = True
     return counts
 
 
@@ -63,6 +65,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     seen = contexts(plan)
     every = torch.cat(seen).float()
     decided = torch.tensor(plan.decided_before()).repeat_interleave(torch.tensor([len(one) for one in seen])).float()
+    shares = every[decided > 0] / decided[decided > 0]
     return {
         "name": plan.name,
         "grid": list(plan.grid),
@@ -73,12 +76,13 @@ def describe(plan: Plan) -> dict[str, Any]:
         "largest_pass": max(len(one) for one in seen),
         "slots_fed": sum(len(forward.slots) for forward in plan.forwards),
         "exact": plan.exact,
-        "adaptive": plan.policy is not None,
+        "adaptive": plan.num_passes is None,
+        "chosen_while_decoding": plan.policy is not None,
         "drawn_per_sample": plan.shuffled,
         "num_heads": plan.num_heads,
         "num_learned": plan.num_learned,
         "context_mean": every.mean().item(),
-        "context_share": ((every[1:] / decided[1:].clamp(min=1)).mean().item() if len(every) > 1 else 1.0),
+        "context_share": shares.mean().item() if len(shares) else 1.0,
     }
 
 
@@ -102,9 +106,9 @@ def print_text(plan: Plan) -> None:
             "visible context",
             f"{facts['context_mean']:.1f} tokens on average, {facts['context_share']:.1%} of the tokens decided before",
         ),
-        ("decoding sees", "exactly what training saw" if plan.exact else "less than or other than what training saw"),
+        ("decoding sees", _sees(plan)),
         ("network needs", _needs(plan)),
-        ("order", "drawn for every sample; one example is shown" if plan.shuffled else "the same for every sample"),
+        ("order", _order(plan)),
     ):
         summary.add_row(label, value)
     console.print(summary)
@@ -122,12 +126,28 @@ def print_text(plan: Plan) -> None:
     console.print(table)
 
 
+def _order(plan: Plan) -> str:
+    if plan.num_passes is not None and plan.policy is not None:
+        return "chosen while decoding; the numbers of tokens are fixed, the positions are one example"
+    if plan.policy is not None:
+        return "chosen while decoding; the shortest run is shown"
+    return "drawn for every sample; one example is shown" if plan.shuffled else "the same for every sample"
+
+
+def _sees(plan: Plan) -> str:
+    if plan.masking is not None:
+        return "the known tokens at their places, of which training saw random sets"
+    return "exactly what training saw" if plan.exact else "less than or other than what training saw"
+
+
 def _needs(plan: Plan) -> str:
     needs = [f"{plan.num_heads} output head(s)", f"{plan.num_learned} learned embedding(s)"]
     if plan.has_queries:
         needs.append("position queries")
     elif plan.any_order:
         needs.append("to be told the place it predicts")
+    if plan.masking is not None:
+        needs.append("a mask token")
     return ", ".join(needs)
 
 

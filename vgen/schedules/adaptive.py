@@ -46,8 +46,8 @@ class AdaptiveRows(Policy):
         """Cache rows: every slot of the raster order and one that takes what nobody reads."""
         return self.num_condition + self.height * self.width + 1
 
-    def start(self, first: Forward, batch: int, uniform: Uniform) -> Course:
-        """Begin a batch."""
+    def start(self, first: Forward, batch: int, uniform: Uniform, known: Tensor | None) -> Course:
+        """Begin a batch; given tokens replace what is drawn, in the same passes."""
         return AdaptiveCourse(self, first, batch, uniform)
 
 
@@ -135,16 +135,16 @@ class AdaptiveCourse(Course):
             read=Read((shared.expand(batch, -1),), (shared,), (weights,), True),
         )
 
-    def settle(self, drawn: Tensor, probabilities: Tensor | None) -> Tensor:
+    def settle(self, drawn: Tensor, scores: Tensor | None) -> Tensor:
         """Accept, replace or keep the candidates of rows that want to start; running rows take what was drawn."""
-        assert probabilities is not None
+        assert scores is not None
         if self._pass == 0:
             self._known[:, 0] = 1
             return drawn
         lane = self._trial.long().argmax(1, keepdim=True)
         on_trial = self._trial.any(1)
         target = self._targets.gather(1, lane)
-        fresh = probabilities.gather(1, lane[:, :, None].expand(-1, -1, probabilities.shape[2]))[:, 0].double()
+        fresh = scores.gather(1, lane[:, :, None].expand(-1, -1, scores.shape[2]))[:, 0].double()
         held = on_trial & (self._tests >= 0)
         density = torch.zeros_like(fresh) if self._density is None else self._density
         accept_at, resample_at = (self._draw(target, stream) for stream in (ACCEPT, RESAMPLE))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.schedules.course import Policy
+from vgen.schedules.masking import Masking
 from vgen.schedules.plan import Feed, Forward, Grid, Plan, RandomOrder, Read
 
 
@@ -53,6 +54,7 @@ def make_plan(
     shuffled: bool = False,
     num_known: int = 0,
     policy: Policy | None = None,
+    masking: Masking | None = None,
 ) -> Plan:
     """Complete a plan: render what every pass sees from the levels and from the cache rows written so far.
 
@@ -110,6 +112,7 @@ def make_plan(
         shuffled=shuffled,
         num_known=num_known,
         policy=policy,
+        masking=masking,
     )
 
 

@@ -15,25 +15,34 @@ class Course(ABC):
 
     Attributes:
         decided: tokens known before the pass that :meth:`next` returned last; int64 [B] where samples differ.
+        trial: how often the tokens of the pass have been drawn before, which keys their random numbers.
+        softmax_temperature: divides the guided logits of the pass, before everything else.
+        draw_temperature: divides the filtered logits once more, for the draw alone; 0 = take the most likely token.
         needs_probabilities: :meth:`settle` wants the distributions the tokens were drawn from.
+        needs_logits: :meth:`settle` wants the filtered logits.
     """
 
     decided: int | Tensor = 0
+    trial = 0
+    softmax_temperature = 1.0
+    draw_temperature = 1.0
     needs_probabilities = False
+    needs_logits = False
 
     @abstractmethod
     def next(self) -> Forward | None:
         """The next pass, on the device of the batch; None when every token is decided."""
 
-    def settle(self, drawn: Tensor, probabilities: Tensor | None) -> Tensor:
+    def settle(self, drawn: Tensor, scores: Tensor | None) -> Tensor:
         """What becomes of the tokens drawn for the targets of the pass.
 
         Args:
             drawn: int64 [B, D].
-            probabilities: float [B, D, V] they were drawn from, if asked for.
+            scores: float [B, D, V], the probabilities they were drawn from or the logits, if asked for.
 
         Returns:
-            int64 [B, D], tokens to write at the targets; a target that comes up again later is overwritten then.
+            int64 [B, D], tokens to write at the targets, -1 to leave one open; a target that comes up again later is
+            overwritten then.
         """
         return drawn
 
@@ -58,8 +67,13 @@ class StaticCourse(Course):
 class Policy(ABC):
     """An order whose passes depend on what was drawn; what a plan holds, before it meets a batch."""
 
+    @property
+    def num_passes(self) -> int | None:
+        """Passes of every run; None where that depends on the run too."""
+        return None
+
     @abstractmethod
-    def start(self, first: Forward, batch: int, uniform: Uniform) -> Course:
+    def start(self, first: Forward, batch: int, uniform: Uniform, known: Tensor | None) -> Course:
         """Begin a batch.
 
         Args:
@@ -67,4 +81,5 @@ class Policy(ABC):
             batch: number of samples B.
             uniform: (order indices int64 [B, n], trial int64 [B, 1], stream) -> float64 [B, n], keyed random numbers in
                 [0, 1).
+            known: bool [B, N], order indices that are given; None = none.
         """

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vgen.schedules.masking import Masking
+
 if TYPE_CHECKING:
     from vgen.schedules.course import Policy
 
@@ -224,6 +226,8 @@ class Plan:
         num_known: the first order indices are given, not decided (inpainting, outpainting).
         policy: chooses the passes while decoding; None = the passes are ``forwards``. With a policy, ``forwards`` is
             the shortest run it can make.
+        masking: token slots hold the mask token as long as their token is not known, in decoding, and training hides
+            tokens in this way; None = the slots fed hold known tokens only.
     """
 
     name: str
@@ -247,6 +251,7 @@ class Plan:
     shuffled: bool = False
     num_known: int = 0
     policy: "Policy | None" = None
+    masking: Masking | None = None
     _memo: dict = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -263,6 +268,16 @@ class Plan:
     def has_queries(self) -> bool:
         """Whether the order asks for tokens by position, which needs the query embedding."""
         return bool((self.kind == Kind.QUERY).any())
+
+    @property
+    def num_passes(self) -> int | None:
+        """Passes of every run; None where they depend on the run."""
+        return len(self.forwards) if self.policy is None else self.policy.num_passes
+
+    @property
+    def needs_cache(self) -> bool:
+        """Whether some pass sees slots that an earlier one fed."""
+        return not all(torch.equal(forward.rows, torch.arange(forward.prefix)) for forward in self.forwards)
 
     def on(self, device: torch.device) -> "DevicePlan":
         """The index tensors the network and the loop use, on a device; built once per device."""
@@ -282,8 +297,11 @@ class Plan:
         if not (self.any_order and other.any_order):
             names.append("order")
         sizes = ("grid", "num_condition", "num_heads", "num_learned", "any_order")
-        return all(getattr(self, name) == getattr(other, name) for name in sizes) and all(
-            torch.equal(getattr(self, name), getattr(other, name)) for name in names
+        alike = (self.masking is None) == (other.masking is None)
+        return (
+            alike
+            and all(getattr(self, name) == getattr(other, name) for name in sizes)
+            and all(torch.equal(getattr(self, name), getattr(other, name)) for name in names)
         )
 
     def decided_before(self) -> list[int]:
@@ -312,7 +330,7 @@ class DevicePlan:
         read: read-out of all N targets in RASTER order, for the plan's own order.
         read_in_order: read-out of all N targets in the order of decoding, for orders drawn per sample.
         causal: the visibility is lower triangular, so no mask tensor is needed.
-        mask: bool [S, S], or None when causal.
+        mask: bool [S, S], or None when causal or when everything is visible.
         forwards: the passes.
     """
 
@@ -339,6 +357,6 @@ class DevicePlan:
             read=Read.build(reads, plan.num_tokens, plan.num_heads).to(device),
             read_in_order=Read.build(plan.reads, plan.num_tokens, plan.num_heads).to(device),
             causal=causal,
-            mask=None if causal else visible.to(device),
+            mask=None if causal or bool(visible.all()) else visible.to(device),
             forwards=tuple(forward.to(device) for forward in plan.forwards),
         )

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
-from vgen.losses.tokens import token_accuracy, token_cross_entropy
+from vgen.losses.tokens import masked_cross_entropy, token_accuracy, token_cross_entropy
 from vgen.random import keyed_uniform
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
-_CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM = 102, 103, 104
+_CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM, _SHARE_STREAM, _HIDE_STREAM = 102, 103, 104, 105, 106
+VISIBLE_WEIGHT = 0.1
 
 
 class GeneratorModule(TrainingModule):
@@ -25,8 +27,13 @@ class GeneratorModule(TrainingModule):
         plan: decode order the generator is trained for.
         optimizer: function of (named parameters, names of matrices).
         condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
+        label_smoothing: of the cross entropy, in [0, 1).
+        visible_weight: weight of tokens that were not hidden, for plans that hide tokens; null = 0.1.
         compile_network: compile the teacher-forced pass.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
+
+    Raises:
+        UserError: for a weight of visible tokens where the plan hides none.
     """
 
     task = "generator"
@@ -40,11 +47,20 @@ class GeneratorModule(TrainingModule):
         optimizer: MakeOptimizer,
         condition_dropout: float,
         compile_network: bool,
+        label_smoothing: float = 0.0,
+        visible_weight: float | None = None,
         **shared: Any,
     ) -> None:
         super().__init__(network=generator, **shared)
         self.plan = plan
         self.condition_dropout = condition_dropout
+        if visible_weight is not None and plan.masking is None:
+            raise UserError(
+                f"task.visible_weight={visible_weight} has no effect: schedule '{plan.name}' hides no tokens; set it "
+                "to null"
+            )
+        self.label_smoothing = label_smoothing
+        self.visible_weight = VISIBLE_WEIGHT if visible_weight is None else visible_weight
         self._make_optimizer = optimizer
         self._matrices = self.matrices()
         self._frozen = [tokenizer.eval().requires_grad_(False)]
@@ -104,23 +120,50 @@ class GeneratorModule(TrainingModule):
             return None
         return self.orders(index, share=share, epoch=self.current_epoch)
 
+    def hidden(self, index: Tensor, *, epoch: int) -> Tensor | None:
+        """Tokens hidden from the network, bool [B, N]; a function of (seed, epoch, image) only; None for plans without.
+
+        Args:
+            index: int64 [B], images.
+            epoch: keys the draws; a fixed number hides the same tokens every time.
+        """
+        if self.plan.masking is None:
+            return None
+        places = torch.arange(self.plan.num_tokens, device=index.device)
+        progress = keyed_uniform(self.seed, _SHARE_STREAM, epoch, index)
+        return self.plan.masking.hidden(progress, keyed_uniform(self.seed, _HIDE_STREAM, epoch, index[:, None], places))
+
+    def loss(self, logits: Tensor, ids: Tensor, hidden: Tensor | None) -> Tensor:
+        """Mean cross entropy of logits [B, N, V] in nats per token."""
+        if hidden is None:
+            return token_cross_entropy(logits, ids, label_smoothing=self.label_smoothing)
+        return masked_cross_entropy(
+            logits, ids, hidden, visible_weight=self.visible_weight, label_smoothing=self.label_smoothing
+        )
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, drop=self.dropped(batch["index"]))
-        loss = token_cross_entropy(logits, ids)
-        self.record(loss=loss, accuracy=token_accuracy(logits, ids))
+        hidden = self.hidden(batch["index"], epoch=self.current_epoch)
+        logits = self.generator.logits(
+            ids, batch["label"], self.plan, order=order, drop=self.dropped(batch["index"]), hidden=hidden
+        )
+        loss = self.loss(logits, ids, hidden)
+        self.record(loss=loss, accuracy=token_accuracy(logits, ids, hidden))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and accuracy on held-out images, conditions kept, in the order that decoding uses.
 
-        Where decoding draws orders, every image keeps one random order, so that losses can be compared.
+        Where decoding draws orders or training hides tokens, every image keeps one draw, so that losses can be
+        compared.
         """
         ids = self.token_ids(batch)
         order = self.orders(batch["index"], share=1.0, epoch=0) if self.plan.shuffled else None
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order)
-        self.sum_validation(len(ids), loss=token_cross_entropy(logits, ids), accuracy=token_accuracy(logits, ids))
+        hidden = self.hidden(batch["index"], epoch=0)
+        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, hidden=hidden)
+        loss, accuracy = self.loss(logits, ids, hidden), token_accuracy(logits, ids, hidden)
+        self.sum_validation(len(ids), loss=loss, accuracy=accuracy)
 
     def count_tokens(self) -> int:
         """Tokens per image."""

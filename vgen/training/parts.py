@@ -243,6 +243,8 @@ def build_generator(config: Node) -> Parts:
         plan=plan,
         optimizer=make(task["optimizer"], "task.optimizer"),
         condition_dropout=task["condition_dropout"],
+        label_smoothing=task["label_smoothing"],
+        visible_weight=task["visible_weight"],
         compile_network=task["compile"],
         **_shared(config),
     )
@@ -291,6 +293,7 @@ def complete_generator(
     _fill(network, "num_readouts", plan.num_heads, "generator", "the schedule's output heads")
     _fill(network, "num_learned", plan.num_learned, "generator", "the schedule's learned slots")
     _fill(network, "position_queries", plan.has_queries, "generator", "the schedule's position queries")
+    _fill(network, "mask_token", plan.masking is not None, "generator", "the schedule's mask token")
     if network.get("codebook_dim") == "auto":
         network["codebook_dim"] = codebook_dim
     if "direction" in network.get("adaln", ()) and network.get("directions") is None:

@@ -126,6 +126,10 @@ def _check_generator(config: Node) -> None:
             raise UserError(f"task=generator needs {group}=<name> (python train.py --help lists them)")
     if not 0 <= task["condition_dropout"] < 1:
         raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1)")
+    if not 0 <= task["label_smoothing"] < 1:
+        raise UserError(f"task.label_smoothing={task['label_smoothing']} must lie in [0, 1)")
+    if task["visible_weight"] is not None and not 0 <= task["visible_weight"] <= 1:
+        raise UserError(f"task.visible_weight={task['visible_weight']} must lie in [0, 1], or be null")
 
 
 def run_folder(config: Node) -> Path:

@@ -1,0 +1,58 @@
+"""Where the random numbers of decoding come from."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from vgen.random import keyed_uniform
+from vgen.sampling.filters import pick_tokens
+
+_DRAW_STREAM = 0
+
+
+class Noise(Protocol):
+    """A source of random numbers for one batch; index tensors count in order indices, N stands for nothing."""
+
+    def pick(self, logits: Tensor, targets: Tensor, trial: int) -> Tensor:
+        """Draw tokens.
+
+        Args:
+            logits: float [B, D, V], filtered and divided by every temperature.
+            targets: int64 [B, D].
+            trial: how often these tokens have been drawn before.
+
+        Returns:
+            int64 [B, D].
+        """
+
+    def uniform(self, index: Tensor, trial: Tensor, stream: int) -> Tensor:
+        """Uniform numbers [B, n] in [0, 1) for order indices int64 [B, n], trial int64 [B, 1] and a stream >= 1."""
+
+
+class KeyedNoise:
+    """Numbers keyed by (seed, sample, raster position), and by trial and stream where a position needs several.
+
+    Args:
+        seed: of the samples.
+        sample_index: int64 [B].
+        order: int64 [N] or [B, N], raster position of every order index.
+    """
+
+    def __init__(self, seed: int, sample_index: Tensor, order: Tensor) -> None:
+        self._seed, self._sample, self._order = seed, sample_index[:, None], order
+        first = keyed_uniform(seed, self._sample, order)
+        # The last column is for lanes of run-time passes that decide nothing.
+        self._first = torch.cat([first, torch.zeros_like(first[:, :1])], dim=1)
+
+    def pick(self, logits: Tensor, targets: Tensor, trial: int) -> Tensor:
+        """Draw tokens; arguments as in :class:`Noise`."""
+        if trial == 0:
+            return pick_tokens(logits, self._first.gather(1, targets))
+        return pick_tokens(logits, self.uniform(targets, torch.full_like(self._sample, trial), _DRAW_STREAM))
+
+    def uniform(self, index: Tensor, trial: Tensor, stream: int) -> Tensor:
+        """Uniform numbers; arguments as in :class:`Noise`."""
+        order = self._order
+        places = order[index] if order.dim() == 1 else order.gather(1, index)
+        return keyed_uniform(self._seed, self._sample, places, trial, stream)
