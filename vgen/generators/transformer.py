@@ -1,8 +1,8 @@
 """The one decoder-only transformer: it knows slots, not decode orders.
 
 With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
-cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of MaskGIT and
-TiTok.
+cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of
+MaskGIT and TiTok.
 """
 
 import copy
