@@ -39,6 +39,9 @@ TOKENS = {
     "cifar10_raster": (4096, (8, 8), 10),
     "cifar10_maskgit": (4096, (8, 8), 10),
     "maskgit_b64": (4096, (64,), 1000),
+    "digits_flextok_ar": (200, (16,), 10),
+    "cifar10_flextok_ar": (12800, (64,), 10),
+    "imagenet256_flextok_ar": (64000, (256,), 1000),
 }
 
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from vgen import __version__
 from vgen.checkpoints.convert import load_strict, read_weights
+from vgen.checkpoints.text_features import read_text_features
 from vgen.errors import UserError
+from vgen.generators.conditioning import TextContext
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
 from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
@@ -222,6 +224,8 @@ def load_pipeline(
     picture_size: int | None = None,
     edit: Edit | None = None,
     extrapolation: Extrapolation | None = None,
+    num_tokens: int | None = None,
+    text_features: str | Path | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -233,6 +237,9 @@ def load_pipeline(
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         edit: picture of which a part is kept; null = none.
         extrapolation: decode pictures larger than trained; null = not.
+        num_tokens: decide only the first tokens of every sample; null = all. See :mod:`vgen.sampling.prefix`.
+        text_features: features of the captions that labels count, for a generator on text. See
+            :func:`vgen.checkpoints.text_features.read_text_features`.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -245,9 +252,15 @@ def load_pipeline(
             f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
             f"{', '.join(decodable(trained))}"
         )
+    if isinstance(generator.condition, TextContext) and text_features is not None:
+        generator.condition.attach(read_text_features(text_features))
+    elif text_features is not None:
+        raise UserError("text_features has no effect: this generator is not conditioned on text")
     tokenizer = load_tokenizer(folder).to(device)
     generator = generator.to(device, dtype)
     if extrapolation is not None:
+        if num_tokens is not None:
+            raise UserError("extrapolate needs all tokens of the trained size; leave num_tokens out")
         if edit is not None:
             raise UserError("edit and extrapolate cannot be combined; take one after the other")
         fine = {"num_known": plan.num_tokens, "steps": extrapolation.steps} if plan.has_queries else {}
@@ -264,4 +277,11 @@ def load_pipeline(
     if given is not None and plan.has_queries:
         # Such an order takes what is given first, so that everything else is decided in view of it.
         plan = make_plan_for(generator, config | {"num_known": given.count})
-    return Pipeline(generator=generator, tokenizer=tokenizer, plan=plan, picture_size=picture_size, given=given)
+    return Pipeline(
+        generator=generator,
+        tokenizer=tokenizer,
+        plan=plan,
+        picture_size=picture_size,
+        given=given,
+        num_tokens=num_tokens,
+    )

@@ -7,6 +7,8 @@ from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
 
+_OPTIONAL = ("edit", "extrapolate", "num_tokens")
+
 
 def sample(config: DictConfig) -> None:
     """Run the sampling job that configs/sample.yaml describes and print the files written.
@@ -26,6 +28,8 @@ def sample(config: DictConfig) -> None:
         picture_size=plain["picture_size"],
         edit=build(plain["edit"]) if plain.get("edit") else None,
         extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
+        num_tokens=plain["num_tokens"],
+        text_features=plain["text_features"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -33,8 +37,10 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate") if plain.get(name)},
+        **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
     }
+    if plain["text_features"] is not None:
+        identity["text_features_sha256"] = file_sha256(plain["text_features"])
     with joined(device) as peers:
         files = run_sampling(
             pipeline,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.layers.attention import Attention, View
+from vgen.layers.cross_attention import CrossAttention
 from vgen.layers.drop_path import DropPath
 from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
@@ -34,12 +35,15 @@ class BlockShape:
     residual_dropout: float
     ffn_dropout: float
     ffn_inner_dropout: float | None
+    cross_attention: bool = False
 
 
 class Block(nn.Module):
     """Transformer block, pre-norm: x + attention(norm x), then x + ffn(norm x), each modulated where conditioned.
 
     Post-norm (BERT, arXiv 1810.04805): norm(x + attention(x)), then norm(x + ffn(x)).
+
+    Where there is a context, x + cross-attention(norm x) stands between the two.
 
     Args:
         shape: sizes and switches.
@@ -62,6 +66,18 @@ class Block(nn.Module):
             qk_norm=shape.qk_norm,
             norm_eps=eps,
         )
+        self.cross_norm = self.cross_attention = None
+        if shape.cross_attention:
+            self.cross_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
+            self.cross_attention = CrossAttention(
+                dim=dim,
+                heads=shape.heads,
+                dropout=shape.attention_dropout,
+                residual_dropout=shape.residual_dropout,
+                bias=shape.bias,
+                qk_norm=shape.qk_norm,
+                norm_eps=eps,
+            )
         self.ffn_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
         self.feed_forward: SwiGLU | GeluMLP
         if shape.ffn == "swiglu":
@@ -89,6 +105,8 @@ class Block(nn.Module):
             return self.ffn_norm(x + self.drop_path(self.feed_forward(x)))
         if self.modulation is None:
             x = x + self.drop_path(self.attention(self.attention_norm(x), view, layer))
+            if self.cross_attention is not None and self.cross_norm is not None:
+                x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
         assert view.modulator is not None
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(view.modulator)

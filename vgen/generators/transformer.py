@@ -1,7 +1,8 @@
 """The one decoder-only transformer: it knows slots, not decode orders.
 
 With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
-cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, and the bidirectional networks of MaskGIT and TiTok.
+cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of
+MaskGIT and TiTok.
 """
 
 import copy
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
 from vgen.generators.block import Block, BlockShape
-from vgen.generators.conditioning import ClassCondition, TextCondition
+from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext
 from vgen.generators.embedding import CodebookEmbedding, Directions, LearnedPlaces
 from vgen.generators.places import Places, mask_padding
 from vgen.layers.attention import View
@@ -37,7 +38,8 @@ class Transformer(nn.Module):
     Args:
         vocab_size: number of token ids V.
         grid: token grid the position tables are built for.
-        condition: module that embeds the condition (class labels or text features).
+        condition: module that embeds the condition (class labels or text features). With a ``TextContext`` every block
+            attends to the text between its attention and its feed-forward layer.
         dim: width of the residual stream.
         depth: number of blocks before the first output head.
         heads: attention heads; must divide dim into an even head width.
@@ -97,7 +99,7 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         grid: Sequence[int],
-        condition: ClassCondition | TextCondition,
+        condition: ClassCondition | TextCondition | TextContext,
         dim: int,
         depth: int,
         heads: int,
@@ -164,6 +166,10 @@ class Transformer(nn.Module):
         _check_combinations(
             (long_skips and depth % 2 == 0, f"generator.long_skips needs an odd generator.depth, not {depth}"),
             (long_skips and num_readouts > 1, "generator.long_skips goes with schedules of one output head only"),
+            (
+                norm_position == "post" and isinstance(condition, TextContext),
+                "generator.norm_position=post has no place for cross-attention; set it to pre",
+            ),
             (norm_position == "post" and self.adaln, "generator.adaln modulates pre-norm blocks; leave it empty"),
             (ffn == "swiglu" and ffn_inner_dropout is not None, "generator.ffn_inner_dropout goes with ffn=gelu only"),
             (embedding_norm and token_dropout_on != "all", "generator.embedding_norm needs token_dropout_on=all"),
@@ -190,6 +196,7 @@ class Transformer(nn.Module):
             residual_dropout=residual_dropout,
             ffn_dropout=ffn_dropout,
             ffn_inner_dropout=ffn_inner_dropout,
+            cross_attention=isinstance(condition, TextContext),
         )
         blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
@@ -247,6 +254,11 @@ class Transformer(nn.Module):
     def num_condition(self) -> int:
         """Condition slots at the start of every sequence."""
         return self.condition.num_slots
+
+    @property
+    def num_context(self) -> int:
+        """Features beside the sequence that every block attends to."""
+        return self.condition.num_features if isinstance(self.condition, TextContext) else 0
 
     @property
     def unknown_id(self) -> int:
@@ -308,7 +320,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: int64 [B, N], tokens in order indices.
-            condition: [B, num_condition, dim], embedded condition.
+            condition: [B, num_condition + num_context, dim], embedded condition.
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
@@ -316,6 +328,13 @@ class Transformer(nn.Module):
         """
         places = Places.of(feed, order)
         rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
+        if self.num_context:
+            context = condition[:, self.num_condition :]
+            visible = context.ne(0).any(-1)
+            # An empty caption is all padding; attending to its zeros changes nothing, to nothing would be undefined.
+            seen["context_mask"] = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
+            # Passes after the one that feeds the condition find its keys and values in the cache.
+            seen["context"] = context if len(feed.conditions) else None
         return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
 
     def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
@@ -480,6 +499,7 @@ class Transformer(nn.Module):
         embedded = self.condition(condition, drop)
         x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
         if padding is not None:
+            assert not self.num_context, "a text context marks its padding by zeros"
             slots = torch.arange(plan.num_slots, device=ids.device)
             visible = slots[None, :] <= slots[:, None]
             if not tensors.causal:
@@ -514,6 +534,7 @@ class Transformer(nn.Module):
         """
         mask = forward.mask
         if padding is not None:
+            assert not self.num_context, "a text context marks its padding by zeros"
             visible = mask
             if visible is None:
                 visible = torch.ones(forward.rows.shape[-1], forward.prefix, dtype=torch.bool, device=ids.device)
@@ -572,6 +593,8 @@ class Transformer(nn.Module):
             head_dim=self.head_dim,
             device=self.device,
             dtype=self.dtype,
+            context_heads=self.heads,
+            context_rows=self.num_context,
         )
 
 
@@ -595,13 +618,15 @@ def _check_combinations(*refused: tuple[Any, str]) -> None:
 
 def _check_adaln(
     adaln: Sequence[AdaLNInput],
-    condition: ClassCondition | TextCondition,
+    condition: ClassCondition | TextCondition | TextContext,
     directions: Sequence[Sequence[int]] | None,
 ) -> tuple[AdaLNInput, ...]:
     if unknown := [name for name in adaln if name not in get_args(AdaLNInput)]:
         raise UserError(f"generator.adaln={list(adaln)}: {unknown[0]} is unknown; choose of condition, step, direction")
     if "condition" in adaln and not isinstance(condition, ClassCondition):
         raise UserError("generator.adaln=[condition] takes the class vector; this generator has no class condition")
+    if adaln and isinstance(condition, TextContext):
+        raise UserError(f"generator.adaln={list(adaln)} modulates blocks without cross-attention; leave it empty")
     if ("direction" in adaln) != (directions is not None):
         raise UserError("generator.directions lists the moves of generator.adaln=[direction]; give both or neither")
     return tuple(adaln)

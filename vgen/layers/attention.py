@@ -24,6 +24,9 @@ class View:
         rows: int64 [F] or [B, F], cache rows of the slots.
         row_start: first row if they are consecutive, else -1.
         prefix: number of visible leading cache rows.
+        context: [B, T, dim], features beside the sequence for cross-attention; None = the network has none, or their
+            keys and values are in the cache.
+        context_mask: bool [B, 1, 1, T], True = visible; None = the network has no context.
     """
 
     causal: bool
@@ -34,6 +37,8 @@ class View:
     rows: Tensor | None = None
     row_start: int = -1
     prefix: int = 0
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:

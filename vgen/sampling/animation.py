@@ -46,7 +46,7 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     shown = sorted({round(i * (passes - 1) / max(1, MOST_FRAMES - 1)) for i in range(MOST_FRAMES)})
     frames = []
     for number in shown:
-        pictures = _pictures(pipeline, states[number])
+        pictures = _pictures(pipeline, states[number], sample_index, sampling.seed)
         order = draw_passes(step, pipeline.plan.grid, passes=passes, until=number)
         height = max(order.height, pictures.height)
         frame = Image.new("RGB", (order.width + pictures.width + 8, height), (255, 255, 255))
@@ -61,11 +61,15 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     return path
 
 
-def _pictures(pipeline: Pipeline, ids: Tensor) -> "Image":
+def _pictures(pipeline: Pipeline, ids: Tensor, sample_index: Tensor, seed: int) -> "Image":
     """What is decided so far, as one PIL picture of a grid."""
     from PIL import Image
 
-    pixels = to_uint8(pipeline.tokenizer.decode(ids.clamp(min=0))).cpu()
+    decided = int((ids[0] >= 0).sum())
+    known = ids
+    if pipeline.tokenizer.decodes_prefixes and bool((ids[:, :decided] >= 0).all()):
+        known = ids[:, :decided]
+    pixels = to_uint8(pipeline.tokenizer.decode_samples(known.clamp(min=0), sample_index.to(ids.device), seed)).cpu()
     grid = pipeline.plan.grid
     if len(grid) == 2:
         hidden = (ids < 0).view(-1, 1, *grid).cpu()

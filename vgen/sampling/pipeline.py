@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UserError
-from vgen.generators.conditioning import ClassCondition
+from vgen.generators.conditioning import ClassCondition, TextContext
 from vgen.generators.transformer import Transformer
 from vgen.pixels import resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
 from vgen.sampling.decode import Watch, decode
 from vgen.sampling.given import Given
+from vgen.sampling.prefix import passes_for
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -23,14 +24,15 @@ class Pipeline:
     """A generator, the tokenizer whose ids it speaks, and the order to decode in.
 
     Args:
-        generator: class-conditional network.
+        generator: network conditioned on classes, or on captions whose numbers then are the labels.
         tokenizer: turns ids into pixels.
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         given: tokens that every sample keeps; null = none.
+        num_tokens: decide only the first tokens of every sample, for tokenizers that decode prefixes; null = all.
 
     Raises:
-        UserError: if vocabulary, grid or plan do not fit together, or for a picture size below 1.
+        UserError: if vocabulary, grid, plan or number of tokens do not fit together, or for a picture size below 1.
     """
 
     def __init__(
@@ -41,17 +43,20 @@ class Pipeline:
         plan: Plan,
         picture_size: int | None = None,
         given: Given | None = None,
+        num_tokens: int | None = None,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
-        if not isinstance(generator.condition, ClassCondition):
-            raise UserError("labels-to-pictures sampling needs a class-conditional generator")
+        if not isinstance(generator.condition, ClassCondition | TextContext):
+            raise UserError("labels-to-pictures sampling needs a generator conditioned on classes or captions")
         if picture_size is not None and picture_size < 1:
             raise UserError(f"picture_size={picture_size} must be at least 1 pixel, or null")
         self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
         self.picture_size = picture_size or tokenizer.image_size
         self.num_classes = generator.condition.num_classes
         self.given = given
+        self.num_tokens = num_tokens
+        self.num_passes = None if num_tokens is None else passes_for(num_tokens, plan, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -74,10 +79,13 @@ class Pipeline:
     def generate_ids(
         self, labels: Tensor, sample_index: Tensor, sampling: Sampling, *, watch: Watch | None = None
     ) -> Tensor:
-        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``."""
+        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``.
+
+        With ``num_tokens`` the result is [B, num_tokens].
+        """
         self.check_labels(labels)
         given = self.given
-        return decode(
+        ids = decode(
             self.generator,
             self.plan,
             labels.to(self.device),
@@ -85,13 +93,16 @@ class Pipeline:
             sample_index=sample_index.to(self.device),
             known_ids=None if given is None else given.ids.expand(len(labels), -1),
             known=None if given is None else given.known.expand(len(labels), -1),
+            num_passes=self.num_passes,
             watch=watch,
         )
+        return ids[:, : self.num_tokens]
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pictures uint8 [B, 3, H, W] for labels int64 [B] and sample indices int64 [B]."""
-        pixels = self.tokenizer.decode(self.generate_ids(labels, sample_index, sampling))
+        ids = self.generate_ids(labels, sample_index, sampling)
+        pixels = self.tokenizer.decode_samples(ids, sample_index.to(ids.device), sampling.seed)
         if self.picture_size != pixels.shape[-1]:
             pixels = resize_pixels(pixels, self.picture_size)
         return to_uint8(pixels)

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
+from torch import Tensor
 
 from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
+from vgen.checkpoints.text_features import read_text_features
 from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
 from vgen.data.source import CodeSource, DataSource, ImageDataset
 from vgen.errors import UserError
+from vgen.generators.conditioning import TextContext
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
@@ -214,6 +218,7 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
+    texts = None if task["text_features"] is None else read_text_features(task["text_features"])
     network = complete_generator(
         config["generator"],
         config["schedule"],
@@ -221,8 +226,11 @@ def build_generator(config: Node) -> Parts:
         grid=tokenizer.grid,
         num_classes=source.num_classes,
         codebook_dim=tokenizer.codebook.shape[1],
+        texts=texts,
     )
     generator = make(network, "generator")
+    if texts is not None:
+        generator.condition.attach(texts)
     if isinstance(generator.tok_embeddings, CodebookEmbedding):
         generator.tok_embeddings.load_codebook(tokenizer.codebook, std=task["codebook_std"])
     plan = make_plan_for(generator, config["schedule"])
@@ -244,7 +252,14 @@ def build_generator(config: Node) -> Parts:
 
 
 def complete_generator(
-    generator: Node, schedule: Node, *, vocab_size: int, grid: Grid, num_classes: int, codebook_dim: int = 0
+    generator: Node,
+    schedule: Node,
+    *,
+    vocab_size: int,
+    grid: Grid,
+    num_classes: int,
+    codebook_dim: int = 0,
+    texts: Tensor | None = None,
 ) -> Node:
     """Fill in what a generator takes from its tokenizer, its data and its schedule.
 
@@ -255,6 +270,7 @@ def complete_generator(
         grid: token grid of the tokenizer.
         num_classes: classes of the data.
         codebook_dim: width of the tokenizer's codes, for ``generator.codebook_dim=auto``.
+        texts: features of the caption of every class, [num_classes, T, E], for a generator conditioned on text.
 
     Returns:
         Complete constructor arguments.
@@ -263,7 +279,12 @@ def complete_generator(
         UserError: if the configuration states another value than the part it comes from.
     """
     condition = dict(generator["condition"])
-    _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
+    if get_class(condition["_target_"]) is TextContext:
+        _fill_text(condition, texts, num_classes)
+    elif texts is not None:
+        raise UserError("task.text_features has no effect on this generator; choose one such as flextok_ar_text_d12")
+    else:
+        _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
     network = {**generator, "condition": condition}
     _fill(network, "vocab_size", vocab_size, "generator", "the tokenizer's codebook")
     _fill(network, "grid", list(grid), "generator", "the tokenizer's token grid")
@@ -278,6 +299,17 @@ def complete_generator(
     if "direction" in network.get("adaln", ()) and network.get("directions") is None:
         network["directions"] = [list(move) for move in moves_of(plan)]
     return network
+
+
+def _fill_text(condition: Node, texts: Tensor | None, num_classes: int) -> None:
+    if texts is None or len(texts) != num_classes:
+        found = "none is given" if texts is None else f"the file has {len(texts)} captions"
+        raise UserError(
+            f"this generator is conditioned on text: task.text_features must name a safetensors file with the features "
+            f"of one caption for each of the {num_classes} classes of the data; {found}"
+        )
+    _fill(condition, "num_features", texts.shape[1], "generator.condition", "task.text_features")
+    _fill(condition, "caption_dim", texts.shape[2], "generator.condition", "task.text_features")
 
 
 def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
