@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vgen.errors import UserError
+
 
 class ClassCondition(nn.Module):
     """One slot with a learned vector per class; the extra last row is the null class (LlamaGen section 3.2).
@@ -70,3 +72,45 @@ class TextCondition(nn.Module):
         if drop is not None:
             condition = torch.where(drop[:, None, None], self.uncond_embedding.to(condition.dtype), condition)
         return self.fc2(F.gelu(self.fc1(condition), approximate="tanh"))
+
+
+class TokenCondition(nn.Module):
+    """Tokens in front of the tokens that are generated, then a learned separator (LARP's frame prediction).
+
+    The tokens share the embedding of the generated ones; their positions are the generator's.
+
+    Args:
+        num_tokens: tokens of the condition.
+        dim: width of the generator.
+        null: also learn a vector that replaces every token of a dropped condition, for guidance; LARP has none.
+    """
+
+    def __init__(self, *, num_tokens: int, dim: int, null: bool = False) -> None:
+        super().__init__()
+        self.num_slots = num_tokens + 1
+        self.separator = nn.Parameter(torch.randn(dim) * 0.02)
+        self.null = nn.Parameter(torch.randn(dim) * 0.02) if null else None
+
+    def forward(self, embedded: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Append the separator.
+
+        Args:
+            embedded: [B, num_tokens, dim], embedded tokens.
+            drop: bool [B], conditions that are replaced by the null vector.
+
+        Returns:
+            [B, num_slots, dim].
+
+        Raises:
+            UserError: if a condition is to be dropped and there is no null vector.
+        """
+        if drop is not None and (self.null is not None or bool(drop.any())):
+            if self.null is None:
+                raise UserError(
+                    "this generator has learned no null condition, so it cannot be guided; set "
+                    "sampling.guidance.scale=1 (and task.condition_dropout=0 in training), or train one with "
+                    "generator.condition.null=true"
+                )
+            embedded = torch.where(drop[:, None, None], self.null.to(embedded.dtype), embedded)
+        separator = self.separator.to(embedded.dtype).expand(len(embedded), 1, -1)
+        return torch.cat([embedded, separator], dim=1)
