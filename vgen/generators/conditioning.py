@@ -82,14 +82,14 @@ class TokenCondition(nn.Module):
     Args:
         num_tokens: tokens of the condition.
         dim: width of the generator.
-        null: also learn a vector that replaces every token of a dropped condition, for guidance; LARP has none.
+        droppable: learn a vector that replaces every token of a dropped condition, for guidance; LARP has none.
     """
 
-    def __init__(self, *, num_tokens: int, dim: int, null: bool = False) -> None:
+    def __init__(self, *, num_tokens: int, dim: int, droppable: bool = False) -> None:
         super().__init__()
         self.num_slots = num_tokens + 1
         self.separator = nn.Parameter(torch.randn(dim) * 0.02)
-        self.null = nn.Parameter(torch.randn(dim) * 0.02) if null else None
+        self.null = nn.Parameter(torch.randn(dim) * 0.02) if droppable else None
 
     def forward(self, embedded: Tensor, drop: Tensor | None = None) -> Tensor:
         """Append the separator.
@@ -109,7 +109,7 @@ class TokenCondition(nn.Module):
                 raise UserError(
                     "this generator has learned no null condition, so it cannot be guided; set "
                     "sampling.guidance.scale=1 (and task.condition_dropout=0 in training), or train one with "
-                    "generator.condition.null=true"
+                    "generator.condition.droppable=true"
                 )
             embedded = torch.where(drop[:, None, None], self.null.to(embedded.dtype), embedded)
         separator = self.separator.to(embedded.dtype).expand(len(embedded), 1, -1)

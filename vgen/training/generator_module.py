@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vgen.data.video_transforms import first_frames
 from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import token_accuracy, token_cross_entropy
 from vgen.random import keyed_uniform
@@ -24,7 +25,8 @@ class GeneratorModule(TrainingModule):
         tokenizer: frozen tokenizer. It is kept out of the module tree, so it is neither saved nor wrapped.
         plan: decode order the generator is trained for.
         optimizer: function of (named parameters, names of matrices).
-        condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
+        condition_dropout: share of samples whose condition becomes the null condition, in [0, 1]; 1 = unconditional.
+        given_frames: the condition is the tokens of a clip's first frames, that many; None = its label.
         compile_network: compile the teacher-forced pass.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
     """
@@ -40,11 +42,12 @@ class GeneratorModule(TrainingModule):
         optimizer: MakeOptimizer,
         condition_dropout: float,
         compile_network: bool,
+        given_frames: int | None = None,
         **shared: Any,
     ) -> None:
         super().__init__(network=generator, **shared)
         self.plan = plan
-        self.condition_dropout = condition_dropout
+        self.condition_dropout, self.given_frames = condition_dropout, given_frames
         self._make_optimizer = optimizer
         self._matrices = self.matrices()
         self._frozen = [tokenizer.eval().requires_grad_(False)]
@@ -78,8 +81,19 @@ class GeneratorModule(TrainingModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(batch["pixels"])
 
-    def dropped(self, index: Tensor) -> Tensor:
-        """Which samples lose their condition, bool [B]; a function of (seed, epoch, image) only."""
+    def condition(self, batch: dict[str, Any]) -> Tensor:
+        """What the samples of a batch are conditioned on: labels int64 [B], or tokens int64 [B, N] of first frames."""
+        if self.given_frames is None:
+            return batch["label"]
+        if "condition" in batch:
+            return batch["condition"]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.encode(first_frames(batch["pixels"], self.given_frames))
+
+    def dropped(self, index: Tensor) -> Tensor | None:
+        """Which samples lose their condition, bool [B], null = none; a function of (seed, epoch, image) only."""
+        if self.condition_dropout == 0:
+            return None
         return keyed_uniform(self.seed, _CONDITION_STREAM, self.current_epoch, index) < self.condition_dropout
 
     def orders(self, index: Tensor, *, share: float, epoch: int) -> Tensor:
@@ -107,19 +121,21 @@ class GeneratorModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, drop=self.dropped(batch["index"]))
+        drop = self.dropped(batch["index"])
+        logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop)
         loss = token_cross_entropy(logits, ids)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and accuracy on held-out images, conditions kept, in the order that decoding uses.
+        """Loss and accuracy on held-out images, conditions kept (if training keeps any), in the order of decoding.
 
         Where decoding draws orders, every image keeps one random order, so that losses can be compared.
         """
         ids = self.token_ids(batch)
         order = self.orders(batch["index"], share=1.0, epoch=0) if self.plan.shuffled else None
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order)
+        drop = torch.ones_like(batch["index"], dtype=torch.bool) if self.condition_dropout == 1 else None
+        logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop)
         self.sum_validation(len(ids), loss=token_cross_entropy(logits, ids), accuracy=token_accuracy(logits, ids))
 
     def configure_gradient_clipping(
@@ -145,5 +161,5 @@ class GeneratorModule(TrainingModule):
         """Operations of forward and backward (twice the forward) per image, counted on one real forward pass."""
         ids = self.token_ids(batch)[:1]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.generator.logits(ids, batch["label"][:1], self.plan)
+            self.generator.logits(ids, self.condition(batch)[:1], self.plan)
         return 3.0 * counter.get_total_flops()

@@ -123,8 +123,8 @@ def _check_generator(config: Node) -> None:
     for group in ("generator", "schedule"):
         if config[group] is None:
             raise UserError(f"task=generator needs {group}=<name> (python train.py --help lists them)")
-    if not 0 <= task["condition_dropout"] < 1:
-        raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1)")
+    if not 0 <= task["condition_dropout"] <= 1:
+        raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1]")
 
 
 def run_folder(config: Node) -> Path:
