@@ -106,10 +106,18 @@ def cache_conditioned_codes(
     clips = cache_codes(source, tokenizer, folder, **options)
     first = folder.with_name(f"{folder.name}-first{given_frames}")
     conditions = cache_codes(source, encoder, first, **options)
-    pairs = {}
-    for split in ("train", "val"):
-        whole, start = getattr(clips, split), getattr(conditions, split)
-        if not torch.equal(whole.rows, start.rows):
-            raise UserError(f"{folder} and {first} hold codes of different clips; delete both and encode again")
-        pairs[split] = ConditionedCodes(clips=whole, conditions=start)
-    return replace(clips, **pairs)
+    return replace(
+        clips,
+        train=_paired(clips.train, conditions.train, folder),
+        val=_paired(clips.val, conditions.val, folder),
+    )
+
+
+def _paired(
+    clips: CodeDataset | ConditionedCodes, conditions: CodeDataset | ConditionedCodes, folder: Path
+) -> ConditionedCodes:
+    assert isinstance(clips, CodeDataset)
+    assert isinstance(conditions, CodeDataset)
+    if not torch.equal(clips.rows, conditions.rows):
+        raise UserError(f"{folder} and the codes of first frames beside it are of different clips; encode both again")
+    return ConditionedCodes(clips=clips, conditions=conditions)

@@ -28,8 +28,8 @@ def zipar(
     that predicts a row's first token is the last one of the row above, which is not known yet: it is fed a provisional
     token instead, the newest known one of the row two above (of the row above for the second row), and fed again with
     the true token in the pass after that is decided. Passes: 2 W + (H - 2) window, or W + (H - 1) window if the first
-    row overlaps; a window that spans the row is the raster order. On T x H x W grids every frame is decoded this way, one
-    after the other, in T times as many passes.
+    row overlaps; a window that spans the row is the raster order. On T x H x W grids frame after frame is decoded this
+    way, in T times as many passes.
 
     Args:
         grid: token grid (H, W) or (T, H, W).

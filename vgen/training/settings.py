@@ -125,6 +125,11 @@ def _check_generator(config: Node) -> None:
             raise UserError(f"task=generator needs {group}=<name> (python train.py --help lists them)")
     if not 0 <= task["condition_dropout"] <= 1:
         raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1]")
+    if config["score"]["every_epochs"] or config["score"]["every_steps"]:
+        if task["given_frames"] is not None:
+            raise UserError("score cannot give first frames; score frame prediction with sample.py and evaluate.py")
+        if task["condition_dropout"] == 1 and config["score"]["labels"] != "unconditional":
+            raise UserError("task.condition_dropout=1 trains without labels; set score.labels=unconditional")
 
 
 def run_folder(config: Node) -> Path:
