@@ -33,8 +33,8 @@ class Pictures(StepCallback):
         folder: where PNG files go.
         every: optimizer steps between two grids.
         count: originals per grid, or samples per class.
-        originals: pixels [count, 3, H, W] or [count, 3, T, H, W] in [-1, 1] (tokenizers, and frame prediction, which goes
-            on from their first frames).
+        originals: pixels [count, 3, H, W] or [count, 3, T, H, W] in [-1, 1] (tokenizers; frame prediction goes on from
+            their first frames).
         sampling: how to sample (generators).
         metrics: whose clock is stopped meanwhile.
     """
