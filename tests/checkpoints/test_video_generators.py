@@ -8,8 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.paths import ROOT
 from vgen.checkpoints import larp_ar, nar
+from vgen.checkpoints.release import build, load_pipeline
+from vgen.checkpoints.video import main
 from vgen.errors import UserError
 from vgen.generators.conditioning import TokenCondition
+from vgen.sampling.settings import Sampling
 
 GOLDEN = ROOT / "tests" / "golden"
 CASES = {
@@ -64,3 +67,29 @@ def test_what_a_file_does_not_say_or_we_do_not_know_is_named(case, tmp_path, cha
     torch.save({"model": {"args": config, "sd": state}}, tmp_path / "last.pth")
     with pytest.raises(UserError, match=message):
         load(tmp_path / "last.pth")
+
+
+def test_a_generator_becomes_a_release_that_samples(tmp_path):
+    tensors = load_file(GOLDEN / "larp" / "tokenizer_plain_vq.safetensors")
+    document = json.loads((GOLDEN / "larp" / "tokenizer_plain_vq.json").read_text())
+    state = {name[3:]: value for name, value in tensors.items() if name.startswith("sd.") and "prior" not in name}
+    torch.save({"model": {"args": document["config"], "sd": state}}, tmp_path / "tokenizer.pth")
+    tokens = document["config"]["bottleneck_token_num"]
+    codes = len(state["bottleneck.regularizer.embedding.weight"])
+    for family, converter, grid in (("larp", larp_ar, (tokens,)), ("nar", nar, (1, 2, tokens // 2))):
+        config = {"dim": 16, "n_layer": 1, "n_head": 2, "multiple_of": 16, "vocab_size": codes, "num_classes": 3}
+        config |= {"max_seq_len": tokens, "latent_shape": list(grid)}
+        plan = larp_ar.plan_of(config) if family == "larp" else nar.video_plan_of(config)
+        generator = build(larp_ar.generator_arguments(config, plan, last_position=family == "nar"))
+        state = converter.to_published(generator.state_dict())
+        torch.save({"model": {"args": config, "sd": state}}, tmp_path / "generator.pth")
+        out = tmp_path / family
+        files = ["--tokenizer", str(tmp_path / "tokenizer.pth"), "--generator", str(tmp_path / "generator.pth")]
+        main([*files, "--family", family, "--out", str(out)])
+        pipeline = load_pipeline(out, device=torch.device("cpu"))
+        assert pipeline.plan.grid == grid
+        index = torch.arange(2)
+        clips = pipeline.generate(index, index, Sampling())
+        assert clips.shape == (2, 3, *pipeline.sample_shape)
+        with pytest.raises(UserError, match="belong to no frame"):
+            load_pipeline(out, device=torch.device("cpu"), num_frames=100)

@@ -29,13 +29,24 @@ PARAMETERS = {
     "randar_xl": 774_700_800,
     "randar_xxl": 1_410_974_208,
     "ucf101_larp": 193_880_224,
+    "larp_ar_l": 326_261_760,
+    "larp_ar_lp": 631_975_680,
+    "larp_ar_k600": 633_157_120,
+    "nar_video_l": 368_736_256,
+    "nar_video_lp": 693_588_480,
 }
 # Tokenizers that generator recipes expect as a release.
-TOKENS = {"digits_raster": (256, (4, 4), 10), "cifar10_raster": (4096, (8, 8), 10)}
+TOKENS = {
+    "digits_raster": (256, (4, 4), 10),
+    "cifar10_raster": (4096, (8, 8), 10),
+    **{f"larp_ar_{size}": (8192, (1024,), 101) for size in ("l", "lp", "k600")},
+    **{f"nar_video_{size}": (8192, (4, 16, 16), 101) for size in ("l", "lp")},
+    **{f"moving_digits_{kind}": (240, (3, 6, 6), 10) for kind in ("raster", "neighboring", "parallel", "prediction")},
+}
 
 
 def settings_of(recipe: str) -> dict:
-    needed = [] if "digits" in recipe else ["data.path=/somewhere"]
+    needed = [] if "digits" in recipe else ["data.path=/somewhere", "++task.tokenizer=/release"]
     return resolve(composed(f"experiment={recipe}", *needed))
 
 
