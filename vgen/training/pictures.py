@@ -88,7 +88,7 @@ class Pictures(StepCallback):
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
-        parts = {"generator": module.generator, "tokenizer": module.tokenizer, "plan": module.plan}
+        parts: dict[str, Any] = {"generator": module.generator, "tokenizer": module.tokenizer, "plan": module.plan}
         if module.given_frames is not None:
             return self._predict(module, parts)
         pipeline = Pipeline(**parts)
