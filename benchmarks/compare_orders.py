@@ -7,8 +7,8 @@ DATA is a folder in Hugging Face layout (CIFAR-10 for the published table). Stag
 result is there, so that repeating the command goes on where it stopped: ``tokenizer`` (train
 experiment=cifar10_tokenizer, unless --tokenizer names a release), ``codes`` (encode the data once, and collect the
 statistics that scores are taken against), ``train`` (one run per order, several at once), ``sweep`` (Frechet distance
-and class accuracy over guidance scales, then the best scale again with more samples), ``speed`` (one plan after the
-other on an idle device), ``table`` (CSV, markdown and a plot).
+and class accuracy over guidance scales, continued upwards while the largest is the best, then the best scale again with
+more samples), ``speed`` (one plan after the other on an idle device), ``table`` (CSV, markdown and a plot).
 """
 
 import argparse
@@ -42,6 +42,7 @@ from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.catalog import FOLDER
 
 ROOT = Path(__file__).parents[1]
+LARGEST_SCALE = 16.0
 STAGES = ("tokenizer", "codes", "train", "sweep", "speed", "table")
 
 
@@ -110,9 +111,7 @@ class Comparison:
         path = self.out / "settings.json"
         if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
-            raise UserError(
-                f"{path} was written with other {', '.join(other)}; choose another --out or the same values"
-            )
+            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
         if self.arguments.part is None:
             path.write_text(json.dumps(mine, indent=1))
 
@@ -243,7 +242,13 @@ class Comparison:
             key = (label, scale, self.arguments.samples)
             row = done.get(key)
             rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
-        best = min(rows, key=lambda row: row["fd"])["scale"]
+        while (
+            (best := min(rows, key=lambda row: row["fd"])["scale"]) == max(row["scale"] for row in rows) < LARGEST_SCALE
+        ):
+            # The best scale must lie inside what was tried, or the order that likes guidance most is wronged.
+            scale = best * 1.5
+            row = done.get((label, scale, self.arguments.samples))
+            rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
         if (label, best, self.arguments.final) not in done:
             self._score(label, pipeline, extractor, reference, best, self.arguments.final)
 

@@ -64,7 +64,7 @@ def test_an_unknown_key_is_refused(command):
     assert "not in struct" in err
 
 
-@pytest.mark.parametrize("group", ["default", "fid", "cifar10"])
+@pytest.mark.parametrize("group", ["default", "fid", "cifar10", "imagenet512_adm_50k", "k600_larp_50k"])
 def test_every_group_composes(command, group):
     status, out, _ = command("--cfg", "job", f"evaluation={group}")
     assert status == 0
@@ -75,7 +75,8 @@ def test_help_says_how(command):
     status, out, _ = command("--help")
     assert not status
     assert "python evaluate.py samples=" in out
-    assert "evaluation: cifar10, default, fid" in out
+    groups = next(line for line in out.splitlines() if line.startswith("evaluation: "))
+    assert {"cifar10", "default", "fid", "imagenet256_adm_50k"} <= set(groups.removeprefix("evaluation: ").split(", "))
 
 
 def test_as_a_program(tmp_path):

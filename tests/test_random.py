@@ -1,6 +1,6 @@
 import torch
 
-from vgen.random import keyed_permutation, keyed_uniform
+from vgen.random import keyed_normal, keyed_permutation, keyed_uniform
 
 
 def test_values_depend_on_keys_only():
@@ -31,3 +31,13 @@ def test_permutation_is_a_bijection_and_keyed():
     assert torch.equal(order.sort().values, torch.arange(100))
     assert torch.equal(order, keyed_permutation(100, 5, 6))
     assert not torch.equal(order, keyed_permutation(100, 5, 7))
+
+
+def test_normal_values_are_normal_and_keyed():
+    table = keyed_normal(5, torch.arange(300)[:, None], torch.arange(300))
+    assert table.dtype == torch.float32
+    assert torch.equal(table[7], keyed_normal(5, 7, torch.arange(300)))
+    quantiles = torch.special.ndtr(table)
+    assert (torch.histc(quantiles, 20, 0, 1) / table.numel() - 0.05).abs().max() < 0.004
+    assert abs((table[1:] * table[:-1]).mean()) < 0.02
+    assert table.isfinite().all()

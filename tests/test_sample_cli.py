@@ -1,7 +1,9 @@
+import json
 import subprocess
 import sys
 
 import numpy as np
+from PIL import Image
 
 from tests.checkpoints.helpers import tiny_release
 from tests.paths import ROOT
@@ -15,15 +17,28 @@ def sample(*arguments, launcher=(sys.executable,)):
 def test_two_processes_write_the_same_file_as_one(tmp_path):
     release = tiny_release(tmp_path)
     common = [f"checkpoint={release}", "num_samples=9", "batch_size=2", "device=cpu", "sampling.guidance.scale=2"]
-    one = sample(*common, f"out={tmp_path / 'one'}")
+    one = sample(*common, "animate=2", f"out={tmp_path / 'one'}")
     assert one.returncode == 0, one.stderr
     assert "samples.npz" in one.stdout
     assert "img/s" in one.stderr
+    assert (tmp_path / "one" / "decode.gif").is_file()
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713")
     two = sample(*common, f"out={tmp_path / 'two'}", launcher=torchrun)
     assert two.returncode == 0, two.stderr
     first, second = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert np.array_equal(first, second)
+
+
+def test_a_part_of_a_picture_is_kept(tmp_path):
+    Image.effect_noise((8, 8), 90).convert("RGB").save(tmp_path / "picture.png")
+    release = tiny_release(tmp_path)
+    edit = ["edit=picture", f"edit.image={tmp_path / 'picture.png'}", "edit.box=[0,0,4,8]"]
+    run = sample(f"checkpoint={release}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}", *edit)
+    assert run.returncode == 0, run.stderr
+    pictures = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
+    assert pictures.shape == (3, 8, 8, 3)
+    identity = json.loads((tmp_path / "out" / "samples.json").read_text())["identity"]
+    assert identity["edit"]["box"] == [0, 0, 4, 8]
 
 
 def test_mistakes_end_with_one_line_and_status_2(tmp_path):

@@ -1,5 +1,7 @@
 """Counter-based random numbers: a value depends only on its keys, never on batch size, process or call order."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,3 +40,16 @@ def keyed_uniform(*keys: Tensor | int) -> Tensor:
 def keyed_permutation(length: int, *keys: int) -> Tensor:
     """A random permutation of 0..length-1 (int64 [length]) keyed by integers."""
     return keyed_uniform(*keys, torch.arange(length)).argsort()
+
+
+def keyed_normal(*keys: Tensor | int) -> Tensor:
+    """Standard normal numbers keyed by integers (Box-Muller on two uniform numbers).
+
+    Args:
+        keys: as in :func:`keyed_uniform`.
+
+    Returns:
+        float32 tensor of the broadcast shape.
+    """
+    radius = (-2.0 * torch.log1p(-keyed_uniform(*keys, 0))).sqrt()
+    return (radius * torch.cos(2.0 * math.pi * keyed_uniform(*keys, 1))).float()

@@ -89,9 +89,9 @@ def run_tokenizer(case: Case) -> list[Check]:
         "recon": (reconstruction + 1) / 2,
         "recon_from_indices": (tokenizer.decode(tokenizer.encode(pixels)) + 1) / 2,
         "loss_q": sum(losses.values(), torch.zeros(())),
-        "loss_commit": losses["commit"] / weight,
+        "loss_commit": losses["commit"] / (weight or 1.0),
         "loss_codebook": losses["vq"],
-        "loss_entropy": losses["entropy"],
+        "loss_entropy": losses["entropy"] / (quantizer.entropy_weight or 1.0),
     }
     tokens = {"indices": ids, "encode": tokenizer.encode(pixels)}
     if "short_recon" in case.outputs:
@@ -127,7 +127,7 @@ VARIANTS = {
     "svq_l2": {"l2_normalize": True, "temperature": 0.03},
     "l2_argmin": {"l2_normalize": True, "temperature": 0.0},
     "plain_argmin": {"l2_normalize": False, "temperature": 0.0},
-    "plain_entropy": {"l2_normalize": False, "temperature": 0.0, "entropy_weight": 0.1, "entropy_temperature": 0.01},
+    "plain_entropy": {"l2_normalize": False, "temperature": 0.0},
 }
 
 
@@ -139,12 +139,21 @@ def run_quantizer(case: Case) -> list[Check]:
         raise UnknownCase(f"quantizer variants {', '.join(sorted(names - VARIANTS.keys()))}")
     checks = []
     for variant in sorted(names):
-        got = quantize(case, VARIANTS[variant])
+        options = VARIANTS[variant] | stated_entropy(case, variant)
+        got = quantize(case, options)
         for name, value in got.items():
             key = f"{variant}.{name}"
             if key in case.outputs:
                 checks.append(case.compare(key, value, EXACT_IDS if value.dtype == torch.int64 else tolerance))
     return checks
+
+
+def stated_entropy(case: Case, variant: str) -> dict[str, float]:
+    """Weight and temperature of the entropy loss, from a remark such as "x: entropy weight 0.1 temperature 0.01"."""
+    remark = re.search(rf"{variant}: entropy weight ([\d.e-]+) temperature ([\d.e-]+)", case.config["variants"])
+    if remark is None:
+        return {}
+    return {"entropy_weight": float(remark[1]), "entropy_temperature": float(remark[2])}
 
 
 def quantize(case: Case, options: dict) -> dict[str, Tensor]:

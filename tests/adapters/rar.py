@@ -222,11 +222,14 @@ def run_schedules(case: Case) -> list[Check]:
     if "learning_rate" in data:
         stated = data["learning_rate"]
         schedule = LrSchedule(
-            shape="cosine", warmup=stated["warmup"], total=stated["total"], end=stated["end"] / stated["base"]
+            shape="cosine",
+            warmup=stated["warmup"],
+            total=stated["total"],
+            end=stated["end"] / stated["base"],
+            from_zero=True,
         )
-        # Our warm-up is one step ahead: the first step moves.
-        steps = [step - 1 if step < stated["warmup"] else step for step, _ in stated["values"]]
-        got = stated["base"] * torch.tensor([schedule.factor(step) for step in steps], dtype=torch.float64)
+        factors = [schedule.factor(step) for step, _ in stated["values"]]
+        got = stated["base"] * torch.tensor(factors, dtype=torch.float64)
         checks.append(compare("learning rate", got, _second(stated["values"]), Tolerance(1e-12, 1e-6)))
     for name, stated in data.get("guidance", {}).items():
         guidance = Guidance(scale=stated["scale"], schedule="power-cosine", power=stated["pow"])

@@ -2,8 +2,9 @@ import pytest
 import torch
 import yaml
 
+from tests.paths import CONFIGS
 from vgen.checkpoints import __main__ as importer
-from vgen.checkpoints import llamagen_gpt, llamagen_vq, par
+from vgen.checkpoints import llamagen_gpt, llamagen_vq, par, randar, rar
 from vgen.checkpoints.release import build, load_pipeline
 from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition
@@ -71,6 +72,39 @@ def test_orders_with_options_are_imported_too(tmp_path, configs):
     run(tmp_path, "--family", "par", "--schedule", '{"regions": 4}')
     pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
     assert len(pipeline.plan.forwards) == 4 - 1 + 16 // 4
+
+
+def test_position_queries_are_imported(tmp_path, configs):
+    published(tmp_path, randar.to_published, position_queries=True)
+    run(tmp_path, "--family", "randar", "--schedule", '{"steps": 5}')
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    assert len(pipeline.plan.forwards) == 5
+
+
+def test_presets_with_parents_are_imported_whole(tmp_path, configs):
+    """RAR: a prefix slot, joint tables and a head that swaps scale and shift."""
+    switches = yaml.safe_load((CONFIGS / "generator" / "rar_base.yaml").read_text())
+    switches |= {"dim": 32, "depth": 1, "heads": 2, "ffn_hidden": 48}
+    for name, content in (("rar_base", switches), ("rar_b", {"defaults": ["rar_base", "_self_"]})):
+        (importer.CONFIGS / "generator" / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    published(tmp_path)
+    options = {key: value for key, value in switches.items() if key not in ("_target_", "condition")}
+    condition = ClassCondition(num_classes=1000, dim=32, num_prefix=1)
+    generator = Transformer(vocab_size=32, grid=(4, 4), condition=condition, **options).eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    torch.save(rar.to_published(generator.state_dict()), tmp_path / "gpt.pt")
+    run(tmp_path, "--family", "rar", "--size", "rar_b")
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    ids, labels = torch.randint(32, (2, 16)), torch.tensor([7, 999])
+    expected = generator.logits(ids, labels, pipeline.plan)
+    assert torch.equal(pipeline.generator.logits(ids, labels, pipeline.plan), expected)
+
+
+@pytest.mark.parametrize("missing", ["pos_embed", "cls_token"])
+def test_files_that_are_no_rar_weights_are_named(missing):
+    with pytest.raises(UserError, match=f"no RAR weights: .*{missing}"):
+        rar.to_ours({"lm_head.weight": torch.zeros(3, 2)})
 
 
 def test_wrong_files_and_sizes_are_named(tmp_path, configs, capsys):

@@ -238,3 +238,21 @@ def test_bad_shards(tmp_path):
     (tmp_path / "d.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match=r"d\.tar cannot be read"):
         attempt("d.tar")
+
+
+def test_numbered_classes_and_unknown_ones(tmp_path):
+    (tmp_path / "v").mkdir()
+    for number in range(2):
+        write_video(tmp_path / "v" / f"{number}.mp4", video=number)
+    (tmp_path / "v" / "list.csv").write_text("path,label\n0.mp4,0\n1.mp4,3\n")
+    lists = {"path": str(tmp_path / "v"), "train_list": "list.csv", "val_list": "list.csv"}
+    source = build("kinetics600", **lists, **options(tmp_path))
+    assert (source.num_classes, source.train.labels.tolist()) == (4, [0, 3])
+    with pytest.raises(UserError, match=r"label 3 of image 1 is outside 0\.\.1"):
+        build("kinetics600", **lists, class_names=["a", "b"], **options(tmp_path))
+    (tmp_path / "v" / "list.csv").write_text("path,action\n0.mp4,run\n1.mp4,jump\n")
+    with pytest.raises(UserError, match="name the class jump"):
+        build("kinetics600", **lists, class_names=["run"], **options(tmp_path))
+    (tmp_path / "v" / "list.csv").write_text("path,action\nnotes.txt,run\n")
+    with pytest.raises(UserError, match=r"names notes\.txt, which is no video"):
+        build("kinetics600", **lists, **options(tmp_path))

@@ -72,6 +72,15 @@ def test_missing_i3d_weights_stop_the_job_by_name(files, monkeypatch):
             run(files, "metrics=[fvd]", f"evaluation.fvd_variant={variant}")
 
 
+def test_all_missing_weights_are_named_at_once(files, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(files / "none"))
+    monkeypatch.delenv("VGEN_WEIGHTS", raising=False)
+    save_npz(files / "real.npz", 5, seed=0)
+    save_npz(files / "samples.npz", 5, seed=0)
+    with pytest.raises(UserError, match=r"weights-inception-2015-12-05-6726825d\.pth.*vgg16-397923af\.pth"):
+        run(files, "job=reconstruction", "metrics=[fid,lpips,psnr]")
+
+
 def test_clips_and_pictures_or_other_lengths_are_not_compared(files):
     np.savez(files / "real.npz", clips(9, 1, frames=10))
     with pytest.raises(UserError, match=r"samples are clips of 9 frames but .* clips of 10 frames"):

@@ -136,6 +136,15 @@ def test_a_registered_network_stands_in():
         load("three-parts", name="other")
 
 
+def test_a_function_of_the_users_code_makes_a_network():
+    extractor = load("tests.evaluation.test_features:Three")
+    assert extractor.score_name("fd") == "fd_Three"
+    assert load("tests.evaluation.test_features:Three", name="mine").score_name("fd") == "fd_mine"
+    for missing in ("tests.evaluation.test_features:Four", "no_such_module:Three"):
+        with pytest.raises(UserError, match="cannot be imported"):
+            load(missing)
+
+
 def test_the_hash_of_a_network_in_memory_is_that_of_its_weights():
     def made(seed):
         torch.manual_seed(seed)

@@ -43,9 +43,8 @@ def run(files, weights, *overrides):
 
 def accept(weights, monkeypatch):
     """Let the random weights pass for the published ones."""
-    digest = file_sha256(weights)[:8]
-    monkeypatch.setattr(features, "INCEPTION_SHA256_PREFIX", digest)
-    monkeypatch.setattr(extractors, "INCEPTION", replace(INCEPTION, sha256=digest))
+    for module in (features, extractors):
+        monkeypatch.setattr(module, "INCEPTION", replace(INCEPTION, sha256=file_sha256(weights)[:8]))
 
 
 def test_a_protocol_of_the_adm_suite(files, weights, monkeypatch, capsys):

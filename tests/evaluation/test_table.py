@@ -77,6 +77,7 @@ def sweep(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]])
 def test_a_multirun_writes_one_table(sweep, launcher, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

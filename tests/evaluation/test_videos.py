@@ -4,8 +4,9 @@ import torch
 
 from vgen.errors import UserError
 from vgen.evaluation.pictures import Subset
-from vgen.evaluation.readers import open_pictures
+from vgen.evaluation.readers import DatasetPictures, open_pictures
 from vgen.evaluation.video_files import ClipChoice
+from vgen.pixels import from_uint8
 
 av = pytest.importorskip("av")
 
@@ -92,3 +93,29 @@ def test_clips_of_an_npz(tmp_path):
     opened = open_pictures(tmp_path / "clips.npz", key="samples")
     assert opened.frames == 5
     assert torch.equal(opened.read([2, 0]), torch.from_numpy(clips[[2, 0]]).permute(0, 1, 4, 2, 3))
+
+
+class TinyClips:
+    """A data set of clips as vgen.data makes them: pixels float [B, 3, T, S, S] in [-1, 1]."""
+
+    num_frames = 3
+    labels = torch.arange(4)
+    stored = torch.randint(0, 256, (4, 3, 3, 5, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def without_augmentation(self):
+        return self
+
+    def __len__(self):
+        return len(self.stored)
+
+    def __getitems__(self, draws):
+        return {"pixels": from_uint8(self.stored[[index for index, _ in draws]])}
+
+    def fingerprint(self):
+        return "tiny"
+
+
+def test_clips_of_a_data_set():
+    opened = DatasetPictures(TinyClips(), "toy")
+    assert opened.frames == 3
+    assert torch.equal(opened.read([2, 0]), TinyClips.stored[[2, 0]].transpose(1, 2))

@@ -116,9 +116,10 @@ def test_damaged_and_foreign_weights(folder):
 
 
 def test_torchmetrics_ships_the_heads():
-    from vgen.losses.perceptual import HEAD_FILES, _bundled_heads, _find, _read
+    from vgen.losses.perceptual import HEAD_FILES, _bundled_heads
+    from vgen.losses.weight_files import find_weights, read_weight_file
 
-    heads = _read(_find(_bundled_heads(), HEAD_FILES))
+    heads = read_weight_file(find_weights(_bundled_heads(), HEAD_FILES, "lpips"), "lpips")
     assert {k: tuple(v.shape) for k, v in heads.items()} == {
         f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))
     }

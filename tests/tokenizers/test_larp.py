@@ -6,7 +6,8 @@ import yaml
 from safetensors.torch import save_file
 
 from tests.paths import CONFIGS, ROOT
-from vgen.checkpoints.larp import load_larp_discriminator, load_larp_tokenizer, to_published, tokenizer_arguments
+from vgen.checkpoints.larp import load_larp_discriminator, load_larp_tokenizer, main, to_published, tokenizer_arguments
+from vgen.checkpoints.release import load_tokenizer
 from vgen.errors import UserError
 from vgen.losses.larp import ClipDiscriminator, LARPLoss, lecam, smoothed_logistic_discriminator
 from vgen.tokenizers.larp import LARP
@@ -169,6 +170,19 @@ def test_hub_folder_and_trainer_file_load_without_the_prior(tmp_path):
     torch.save({"model": {"name": "larp", "args": config, "sd": state}, "epoch": 3}, tmp_path / "last.pth")
     again, _ = load_larp_tokenizer(tmp_path / "last.pth")
     assert torch.equal(again.eval().encode(pixels), tokenizer.encode(pixels))
+    main([str(folder), str(tmp_path / "release"), "--grid", "3", "2", "2"])
+    released = load_tokenizer(tmp_path / "release")
+    assert released.grid == (3, 2, 2)
+    assert torch.equal(released.encode(pixels), tokenizer.encode(pixels))
+
+
+def test_patches_of_one_frame_are_published_in_two_dimensions(tmp_path):
+    changes = {"temporal_patch_size": 1, "decoder_temporal_patch_size": 1, "frame_num": 3}
+    folder, tokenizer, _, state = published(tmp_path, prior=False, **changes)
+    assert state["x_embedder.proj.weight"].dim() == 4
+    loaded, _ = load_larp_tokenizer(folder)
+    pixels = torch.rand(1, 3, 3, 16, 16) * 2 - 1
+    assert torch.equal(loaded.eval().encode(pixels), tokenizer.encode(pixels))
 
 
 def test_files_that_do_not_fit_are_refused(tmp_path):

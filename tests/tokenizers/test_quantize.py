@@ -49,7 +49,7 @@ def test_search_in_chunks_finds_the_same_codes(monkeypatch):
     rows = F.normalize(torch.randn(301, 4), dim=1)
     whole = module.nearest(rows, module.codebook)
     assert torch.equal(whole, (rows @ module.codebook.T).argmax(1))
-    monkeypatch.setattr(quantize, "_SEARCH_BUDGET", 50 * 7)
+    monkeypatch.setattr(quantize, "SEARCH_BUDGET", 50 * 7)
     assert torch.equal(module.nearest(rows, module.codebook), whole)
 
 

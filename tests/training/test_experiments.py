@@ -6,7 +6,7 @@ import torch
 from tests.paths import CONFIGS
 from tests.training.helpers import composed
 from vgen.generators.transformer import Transformer
-from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.base import Autoencoder
 from vgen.training.parts import complete_generator
 from vgen.training.settings import check, make, resolve
 
@@ -57,8 +57,8 @@ def test_recipe_builds(recipe):
     assert settings["run_name"] == recipe
     assert settings["run_dir"] == f"runs/{recipe}"
     make(settings["task"]["lr_schedule"], "task.lr_schedule")
-    if settings["task"]["name"] == "tokenizer":
-        kind, key, arguments = Tokenizer, "tokenizer", settings["tokenizer"]
+    if settings["task"]["name"] != "generator":
+        kind, key, arguments = Autoencoder, "tokenizer", settings["tokenizer"]
     else:
         vocabulary, grid, classes = TOKENS.get(recipe, (16384, (16, 16), 1000))
         kind, key = Transformer, "generator"
@@ -75,6 +75,17 @@ def test_recipe_builds(recipe):
     assert isinstance(network, kind)
     if recipe in PARAMETERS:
         assert sum(p.numel() for p in network.parameters()) == PARAMETERS[recipe]
+
+
+# A preset with an open entry is the base of others.
+PRESETS = sorted(path.stem for path in (CONFIGS / "tokenizer").glob("*.yaml") if "???" not in path.read_text())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_tokenizer_preset_builds(preset):
+    with torch.device("meta"):
+        network = make(resolve(composed(f"tokenizer={preset}"))["tokenizer"], "tokenizer")
+    assert isinstance(network, Autoencoder)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from vgen.errors import UserError
-from vgen.training.optim import LrSchedule, adam, adamw
+from vgen.training.optim import LrSchedule, adam, adamw, decay_groups, freeze_others, without_decay
 
 
 def factors(**settings) -> list[float]:
@@ -15,6 +15,10 @@ def factors(**settings) -> list[float]:
 
 def test_warmup_rises_linearly_and_never_starts_at_zero():
     assert factors(warmup=4)[:6] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+
+
+def test_warmup_may_start_at_zero():
+    assert factors(warmup=4, from_zero=True)[:6] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0, 1.0])
 
 
 def test_cosine_falls_to_its_end_and_stays_there():
@@ -60,6 +64,22 @@ def test_only_matrices_decay():
     assert torch.allclose(network[0].weight, before["0.weight"] * (1 - 0.1 * 0.5))
     assert torch.equal(network[2].weight, before["2.weight"])
     assert torch.equal(network[1].weight, before["1.weight"])
+
+
+def test_named_matrices_do_not_decay():
+    network = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3))
+    matrices = {name for name, p in network.named_parameters() if p.ndim >= 2}
+    groups = decay_groups(network.named_parameters(), 0.5, without_decay(matrices, ["0."]))
+    assert [id(p) for p in groups[0]["params"]] == [id(network[1].weight)]
+    assert {id(p) for p in groups[1]["params"]} == {id(network[0].weight), id(network[1].bias)}
+
+
+def test_only_the_named_parts_are_trained():
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    freeze_others(network, ["1."])
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == ["1.weight", "1.bias"]
+    with pytest.raises(UserError, match=r"2\..*the network's parts are 0, 1"):
+        freeze_others(network, ["2."])
 
 
 def test_adam_does_not_decay():

@@ -180,7 +180,7 @@ def test_adversarial_training_of_clips(tmp_path):
 
 def test_larp_with_its_losses(tmp_path):
     loss = ["_target_=vgen.losses.larp.LARPLoss", "adversarial_weight=0.3", "adversarial_start=1"]
-    loss += ["generator_loss=non-saturating", "+label_noise=0.15", "+lecam_weight=1e-6", "+lecam_decay=0.999"]
+    loss += ["generator_loss=non-saturating", "+label_noise=0.15", "lecam_weight=1e-6", "+lecam_decay=0.999"]
     loss += ["+discriminator_every=2"]
     result = run(
         tmp_path / "run",

@@ -9,10 +9,13 @@ from typing import Any
 import yaml
 
 import vgen
+from vgen.checkpoints.flextok import flextok_config, load_flextok, load_published_vae, published_vae_config
 from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
 from vgen.checkpoints.llamagen_vq import load_llamagen_vq
 from vgen.checkpoints.nar import load_nar
 from vgen.checkpoints.par import load_par
+from vgen.checkpoints.randar import load_randar
+from vgen.checkpoints.rar import load_rar
 from vgen.checkpoints.release import build, make_plan_for, save_release
 from vgen.errors import UserError, reported
 from vgen.generators.transformer import Transformer
@@ -24,7 +27,29 @@ FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
     "llamagen": ("raster", load_llamagen_gpt),
     "nar": ("neighboring", load_nar),
     "par": ("parallel", load_par),
+    "randar": ("randar", load_randar),
+    "rar": ("rar", load_rar),
 }
+
+
+def generator_preset(size: str) -> dict[str, Any]:
+    """Constructor arguments that a preset of configs/generator sets, its parents' included.
+
+    The parent ``base`` states the constructor's own defaults and is left out.
+
+    Raises:
+        UserError: for an unknown preset.
+    """
+    path = CONFIGS / "generator" / f"{size}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in ("base", "rar_base")))
+        raise UserError(f"--size {size} is no preset; choose one of {names}")
+    own = yaml.safe_load(path.read_text())
+    parents = [name for name in own.pop("defaults", []) if name not in ("_self_", "base")]
+    merged: dict[str, Any] = {}
+    for parent in parents:
+        merged |= generator_preset(parent)
+    return merged | own
 
 
 def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Path:
@@ -46,6 +71,39 @@ def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Pat
     return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
 
 
+def import_flextok(file: Path, out: Path) -> Path:
+    """Write the release of a published FlexTok, configured by its own header.
+
+    Args:
+        file: ``model.safetensors`` of EPFL-VILAB/flextok_*.
+        out: release folder.
+
+    Raises:
+        UserError: if the file is damaged or no FlexTok.
+    """
+    config = flextok_config(file)
+    tokenizer = build(config)
+    load_flextok(tokenizer, file)
+    return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
+
+
+def import_vae(file: Path, image_size: int, out: Path) -> Path:
+    """Write the release of a published VAE, for ``task=flextok``.
+
+    Args:
+        file: ``diffusion_pytorch_model.safetensors`` of a diffusers AutoencoderKL, its ``config.json`` beside it.
+        image_size: side in pixels of the images it will be used for.
+        out: release folder.
+
+    Raises:
+        UserError: if the file is damaged or no AutoencoderKL.
+    """
+    config = published_vae_config(file, image_size=image_size)
+    vae = build(config)
+    load_published_vae(vae, file)
+    return save_release(out, vae, config, kind="vae", extra={"source": file.name})
+
+
 def import_generator(
     file: Path, family: str, size: str, tokenizer_release: Path, out: Path, options: dict[str, Any]
 ) -> Path:
@@ -63,24 +121,27 @@ def import_generator(
         UserError: if the file does not fit the preset, the schedule or the tokenizer's grid.
     """
     order, load = FAMILIES[family]
-    path = CONFIGS / "generator" / f"{size}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem != "base"))
-        raise UserError(f"--size {size} is no preset; choose one of {names}")
-    sizes = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key != "defaults"}
+    sizes = generator_preset(size)
     tokens = yaml.safe_load((tokenizer_release / "config.yaml").read_text())["network"]
     tokenizer = build(tokens)
     schedule = yaml.safe_load((CONFIGS / "schedule" / f"{order}.yaml").read_text()) | options
-    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=1)
-    condition = {"_target_": "vgen.generators.conditioning.ClassCondition", "num_classes": 1000, "dim": sizes["dim"]}
+    condition = {
+        "_target_": "vgen.generators.conditioning.ClassCondition",
+        **sizes.get("condition", {}),
+        "num_classes": 1000,
+        "dim": sizes["dim"],
+    }
+    slots = condition.get("num_prefix", 0) + 1
+    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=slots)
     config = {
+        **sizes,
         "_target_": "vgen.generators.transformer.Transformer",
         "vocab_size": tokenizer.codebook_size,
         "grid": list(tokenizer.grid),
         "condition": condition,
         "num_readouts": plan.num_heads,
         "num_learned": plan.num_learned,
-        **sizes,
+        "position_queries": plan.has_queries,
     }
     generator = build(config)
     assert isinstance(generator, Transformer)
@@ -98,7 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
         epilog="example: python -m vgen.checkpoints --vq vq_ds16_c2i.pt --generator c2i_L_256.pt --size l "
         "--image-size 256 --out releases/llamagen_l_256",
     )
-    parser.add_argument("--vq", type=Path, required=True, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    tokenizers = parser.add_mutually_exclusive_group(required=True)
+    tokenizers.add_argument("--vq", type=Path, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    tokenizers.add_argument("--flextok", type=Path, help="FlexTok, model.safetensors of EPFL-VILAB/flextok_*")
+    tokenizers.add_argument("--vae", type=Path, help="diffusers AutoencoderKL, diffusion_pytorch_model.safetensors")
     parser.add_argument("--vq-preset", choices=("vq16", "vq8"), default="vq16")
     parser.add_argument("--image-size", type=int, default=256, help="side in pixels the weights were trained at")
     parser.add_argument("--generator", type=Path, help="class-conditional generator; without it only the tokenizer")
@@ -107,7 +171,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedule", type=json.loads, default={}, help='schedule options as JSON, {"regions": 4}')
     parser.add_argument("--out", type=Path, required=True, help="release folder to write")
     chosen = parser.parse_args(arguments)
+    if chosen.vq is None and chosen.generator is not None:
+        parser.error("--generator needs --vq: the published generators speak the ids of LlamaGen's tokenizer")
     with reported():
+        if chosen.flextok is not None:
+            print(f"release: {import_flextok(chosen.flextok, chosen.out)}")
+            return
+        if chosen.vae is not None:
+            print(f"release: {import_vae(chosen.vae, chosen.image_size, chosen.out)}")
+            return
         tokenizer_out = chosen.out if chosen.generator is None else chosen.out.with_name(chosen.out.name + "_tokenizer")
         release = import_tokenizer(chosen.vq, chosen.vq_preset, chosen.image_size, tokenizer_out)
         if chosen.generator is not None:

@@ -34,7 +34,7 @@ def read_weights(path: str | Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{path} cannot be read ({reason}); it is truncated, damaged or not a plain weight file: copy it again"

@@ -4,6 +4,7 @@ Our module names are the published ones. What we add, the window of codebook usa
 starts empty.
 """
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 from torch import nn
 
 from vgen.checkpoints.convert import StateDict, load_strict, read_weights, unwrap
-from vgen.errors import UserError
+from vgen.checkpoints.release import save_release
+from vgen.errors import UserError, reported
 from vgen.tokenizers.larp import LARP
 
 _OURS = ("bottleneck.regularizer.codebook_used", "running")
 _PRIOR = "prior_model."
+_PATCHES = "x_embedder.proj.weight"
 _FIXED = {
     "transformer_name": "transformer_encoder_parallel",
     "encoder_name": "none",
@@ -57,8 +60,8 @@ def tokenizer_arguments(
         if config.get(key, value) != value:
             raise UserError(f"LARP option {key}={config[key]} is not supported (published tokenizers use {value})")
     patch = (config["temporal_patch_size"], config["patch_size"])
-    if (config["decoder_temporal_patch_size"], config["decoder_patch_size"]) != patch or patch[0] < 2:
-        raise UserError("LARP with decoder patches unlike the encoder's, or patches of a single frame, does not work")
+    if (config["decoder_temporal_patch_size"], config["decoder_patch_size"]) != patch:
+        raise UserError("LARP with decoder patches unlike the encoder's does not work")
     bottleneck, regularizer = config["bottleneck"], config["bottleneck"]["args"]["regularizer"]
     if bottleneck["name"] != "bottleneck" or regularizer["name"] != "vq" or bottleneck["args"]["norm"] != "none":
         raise UserError("LARP bottlenecks other than a vector quantizer without norm are not supported")
@@ -114,14 +117,20 @@ def _prior_arguments(prior: Mapping[str, Any] | None, sizes: Mapping[str, int] |
 
 
 def to_ours(state: StateDict, module: nn.Module) -> StateDict:
-    """Add what only our modules hold, as it stands in ``module``."""
+    """Add what only our modules hold, empty; patches of a single frame are published as a 2D convolution."""
     own = module.state_dict()
+    patches = state.get(_PATCHES)
+    if patches is not None and patches.dim() == 4:
+        state = state | {_PATCHES: patches.unsqueeze(2)}
     return state | {name: torch.zeros_like(own[name]) for name in _OURS if name in own}
 
 
 def to_published(state: StateDict) -> StateDict:
-    """Leave out what only our modules hold."""
-    return {name: value for name, value in state.items() if name not in _OURS}
+    """Leave out what only our modules hold, and undo the rest of :func:`to_ours`."""
+    published = {name: value for name, value in state.items() if name not in _OURS}
+    if _PATCHES in published and published[_PATCHES].shape[2] == 1:
+        published[_PATCHES] = published[_PATCHES].squeeze(2)
+    return published
 
 
 def has_prior(state: StateDict) -> bool:
@@ -173,6 +182,27 @@ def load_larp_discriminator(discriminator: nn.Module, path: str | Path) -> None:
     load_strict(discriminator, to_ours(nested or state, discriminator), what=str(path))
 
 
+def import_larp_tokenizer(path: str | Path, out: str | Path, *, nominal_grid: Sequence[int] | None = None) -> Path:
+    """Write the release of a published tokenizer; arguments and errors as in :func:`load_larp_tokenizer`."""
+    tokenizer, arguments = load_larp_tokenizer(path, nominal_grid=nominal_grid)
+    return save_release(out, tokenizer, arguments, kind="tokenizer", extra={"source": Path(path).name})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vgen.checkpoints.larp",
+        description="Turn a published LARP tokenizer into a release folder for task.tokenizer and evaluate.py.",
+        epilog="example: python -m vgen.checkpoints.larp LARP-L-long-tokenizer releases/larp --grid 4 16 16",
+    )
+    parser.add_argument("source", type=Path, help="folder with weights and .json, or a trainer's checkpoint")
+    parser.add_argument("out", type=Path, help="release folder to write")
+    parser.add_argument("--grid", type=int, nargs=3, help="nominal (t, h, w) grid, 4 16 16 for NAR's generators")
+    chosen = parser.parse_args(arguments)
+    with reported():
+        print(f"release: {import_larp_tokenizer(chosen.source, chosen.out, nominal_grid=chosen.grid)}")
+
+
 def read_published(path: str | Path) -> tuple[Path, Mapping[str, Any], Any]:
     """Weight file, constructor arguments and content of a published network.
 
@@ -197,3 +227,7 @@ def read_published(path: str | Path) -> tuple[Path, Mapping[str, Any], Any]:
     if not isinstance(model, Mapping) or not isinstance(model.get("args"), Mapping):
         raise UserError(f"{path} does not hold its constructor arguments; give the folder with its config.json")
     return path, model["args"], model
+
+
+if __name__ == "__main__":
+    main()

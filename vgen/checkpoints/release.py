@@ -27,6 +27,7 @@ from vgen.sampling.long_clips import LongPipeline, overlapping_tokens
 from vgen.sampling.pipeline import Pipeline
 from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
+from vgen.tokenizers.autoencoder_kl import AutoencoderKL
 from vgen.tokenizers.base import Tokenizer
 from vgen.tokenizers.causal3d import Causal3D
 
@@ -59,7 +60,7 @@ def save_release(
         folder: where to write.
         module: the network, for its state dict.
         config: resolved constructor arguments of the network with ``_target_``, plain containers.
-        kind: ``tokenizer`` or ``generator``.
+        kind: ``tokenizer``, ``vae`` or ``generator``.
         extra: further top-level entries: ``schedule`` (required for a generator), ``data``, ``training``.
         tokenizer: release folder of the tokenizer, copied into a generator's release.
         state: weights to write instead of the module's own.
@@ -180,6 +181,20 @@ def load_tokenizer(folder: str | Path, *, scale: int = 1) -> Tokenizer:
         module = larger.eval().requires_grad_(False)
     assert isinstance(module, Tokenizer)
     return module
+
+
+def load_vae(folder: str | Path) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Load a frozen VAE on the CPU.
+
+    Returns:
+        The network and its constructor arguments with ``_target_``.
+
+    Raises:
+        UserError: if the folder is no VAE release or the weights do not fit.
+    """
+    module, document = _load(folder, "vae")
+    assert isinstance(module, AutoencoderKL)
+    return module, document["network"]
 
 
 def load_generator(folder: str | Path) -> tuple[Transformer, dict[str, Any]]:

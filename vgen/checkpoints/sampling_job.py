@@ -35,9 +35,9 @@ def sample(config: DictConfig) -> None:
         dtype=pick_dtype(plain["dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
-        edit=None if plain["edit"] is None else build(plain["edit"]),
-        extrapolation=None if plain["extrapolate"] is None else build(plain["extrapolate"]),
-        predict=plain["predict"],
+        edit=build(plain["edit"]) if plain.get("edit") else None,
+        extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
+        predict=plain.get("predict"),
         num_frames=plain["num_frames"],
         overlap=plain["overlap"],
     )
@@ -47,7 +47,7 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in _OPTIONAL if plain[name] is not None},
+        **{name: plain[name] for name in _OPTIONAL if plain.get(name)},
     }
     with joined(device) as peers:
         files = run_sampling(

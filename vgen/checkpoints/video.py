@@ -1,39 +1,23 @@
-"""Turn published LARP and NAR video weights into release folders: ``python -m vgen.checkpoints.video --help``."""
+"""Turn published LARP and NAR video generators into release folders: ``python -m vgen.checkpoints.video --help``."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vgen.checkpoints.larp import load_larp_tokenizer
+from vgen.checkpoints.larp import import_larp_tokenizer, load_larp_tokenizer
 from vgen.checkpoints.larp_ar import load_larp_ar
 from vgen.checkpoints.nar import load_nar_video
 from vgen.checkpoints.release import save_release
-from vgen.errors import UserError, reported
+from vgen.errors import reported
 from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
 from vgen.sampling.pipeline import check_compatible
-from vgen.schedules.building import parse_grid
-from vgen.schedules.plan import Grid, Plan
+from vgen.schedules.plan import Plan
 
 Load = Callable[[Path], tuple[Transformer, dict[str, Any], Plan]]
 FAMILIES: dict[str, tuple[str, Load]] = {"larp": ("raster", load_larp_ar), "nar": ("neighboring", load_nar_video)}
 UCF101_FPS = 25.0
-
-
-def import_tokenizer(source: Path, out: Path, *, nominal_grid: Grid | None = None) -> Path:
-    """Write the release of a published LARP tokenizer.
-
-    Args:
-        source: see :func:`vgen.checkpoints.larp.load_larp_tokenizer`.
-        out: release folder.
-        nominal_grid: grid that the sequence of tokens is presented in; NAR needs (4, 16, 16).
-
-    Raises:
-        UserError: if the files do not fit.
-    """
-    tokenizer, config = load_larp_tokenizer(source, nominal_grid=nominal_grid)
-    return save_release(out, tokenizer.eval(), config, kind="tokenizer", extra={"source": source.name})
 
 
 def import_generator(source: Path, family: str, tokenizer_source: Path, out: Path, *, given_frames: int) -> Path:
@@ -54,7 +38,7 @@ def import_generator(source: Path, family: str, tokenizer_source: Path, out: Pat
     grid = plan.grid if len(plan.grid) > 1 else None
     tokenizer, _ = load_larp_tokenizer(tokenizer_source, nominal_grid=grid)
     check_compatible(generator, tokenizer)
-    tokens = import_tokenizer(tokenizer_source, out.with_name(f"{out.name}_tokenizer"), nominal_grid=grid)
+    tokens = import_larp_tokenizer(tokenizer_source, out.with_name(f"{out.name}_tokenizer"), nominal_grid=grid)
     labelled = isinstance(generator.condition, ClassCondition)
     extra: dict[str, Any] = {
         "schedule": {"_target_": f"vgen.schedules.{order}.{order}", "_partial_": True},
@@ -69,28 +53,21 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vgen.checkpoints.video",
-        description="Turn published LARP and NAR video weights into release folders for sample.py.",
+        description="Turn published LARP and NAR video generators into release folders for sample.py.",
         epilog="example: python -m vgen.checkpoints.video --tokenizer LARP-L-long-tokenizer --generator "
         "NAR-ucf101-256-L/last.pth --family nar --out releases/nar_video_l",
     )
     what = "a folder with weights and one .json of constructor arguments, or a trainer's checkpoint"
     parser.add_argument("--tokenizer", type=Path, required=True, help=f"LARP tokenizer: {what}")
-    parser.add_argument("--generator", type=Path, help=f"{what}; without it only the tokenizer")
+    parser.add_argument("--generator", type=Path, required=True, help=what)
     parser.add_argument("--family", choices=sorted(FAMILIES), default="larp")
-    parser.add_argument("--nominal-grid", type=str, help="4x16x16 to train NAR's video models on the tokenizer")
     parser.add_argument("--given-frames", type=int, default=5, help="of a generator of frame prediction (published: 5)")
     parser.add_argument("--out", type=Path, required=True, help="release folder to write")
     chosen = parser.parse_args(arguments)
     with reported():
-        if chosen.generator is None:
-            grid = None if chosen.nominal_grid is None else parse_grid(chosen.nominal_grid)
-            release = import_tokenizer(chosen.tokenizer, chosen.out, nominal_grid=grid)
-        elif chosen.nominal_grid is not None:
-            raise UserError("--nominal-grid follows from the generator; leave it out")
-        else:
-            release = import_generator(
-                chosen.generator, chosen.family, chosen.tokenizer, chosen.out, given_frames=chosen.given_frames
-            )
+        release = import_generator(
+            chosen.generator, chosen.family, chosen.tokenizer, chosen.out, given_frames=chosen.given_frames
+        )
         print(f"release: {release}")
 
 

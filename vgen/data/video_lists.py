@@ -15,7 +15,6 @@ from vgen.errors import UserError
 
 Rows = list[tuple[str, str]]
 """Path below the folder, and class name, of each video."""
-UCF_CLASSES = 101
 
 
 def ucf101(*, path: str, lists: str | None, split: int, train_on: str, **options: Any) -> DataSource:
@@ -118,16 +117,16 @@ def _lines(path: Path) -> list[str]:
 def _listed(
     name: str, root: Path, train: Rows, val: Rows, class_names: list[str] | None, options: ClipOptions
 ) -> DataSource:
-    """A source of two lists; classes are numbered in the order of their names."""
-    found = sorted({label for _, label in (*train, *val)}, key=lambda label: (not label.isdigit(), _order(label)))
-    names = class_names or found
-    if class_names is not None and not set(found) <= set(class_names) and not all(label.isdigit() for label in found):
-        raise UserError(f"the class {sorted(set(found) - set(class_names))[0]} of the lists is not in data.class_names")
+    """A source of two lists; classes are numbered in the order of their names, unless they are numbers themselves."""
+    found = {label for _, label in (*train, *val)}
     if all(label.isdigit() for label in found):
-        count = 1 + max(int(label) for label in found)
-        names = class_names or [str(number) for number in range(count)]
+        names = class_names or [str(number) for number in range(1 + max(map(int, found)))]
         number_of = {label: int(label) for label in found}
     else:
+        names = class_names or sorted(found)
+        unknown = sorted(found - set(names))
+        if unknown:
+            raise UserError(f"the lists name the class {unknown[0]}, which is not in data.class_names; add it there")
         number_of = {label: names.index(label) for label in found}
 
     def split(rows: Rows) -> tuple[VideoFiles, Tensor]:
@@ -147,7 +146,3 @@ def _listed(
         val_fraction=0.0,
         options=options,
     )
-
-
-def _order(label: str) -> tuple[int, str]:
-    return (int(label), "") if label.isdigit() else (0, label)

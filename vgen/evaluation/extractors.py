@@ -10,7 +10,7 @@ from vgen.evaluation.clip_features import ClipExtractor, load_clip_script, load_
 from vgen.evaluation.collect import AnyExtractor
 from vgen.evaluation.features import Extractor, inception_extractor, load_extractor, vgg16_extractor
 from vgen.evaluation.fvd import fvd_variant
-from vgen.evaluation.settings import CLIP_METRICS, EvaluationSettings
+from vgen.evaluation.settings import CLIP_METRICS, DISTANCES, EvaluationSettings
 from vgen.evaluation.weights import I3D_KINETICS, I3D_TORCHSCRIPT, INCEPTION, VGG16, Found, WeightFile, find
 from vgen.losses.perceptual import LPIPS, load_lpips
 from vgen.runtime import rank
@@ -109,6 +109,29 @@ def perceptual_network(settings: EvaluationSettings, device: torch.device) -> LP
         )
         text = text.replace("train without it: perceptual=none", "leave lpips out of the metrics")
         raise UserError(text) from error
+
+
+def reconstruction_networks(
+    settings: EvaluationSettings, device: torch.device, *, clips: bool
+) -> tuple[AnyExtractor | None, LPIPS | None]:
+    """Feature network and perceptual network of a reconstruction job, None where none is asked for.
+
+    Raises:
+        UserError: naming all that is missing at once.
+    """
+    extractor, lpips, problems = None, None, []
+    try:
+        if set(settings.metrics) & set(DISTANCES):
+            extractor = clip_extractor(settings, device) if clips else picture_extractor(settings, device)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        lpips = perceptual_network(settings, device)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        raise UserError("; and ".join(problems))
+    return extractor, lpips
 
 
 def published(extractor: AnyExtractor | None) -> bool:

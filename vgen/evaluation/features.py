@@ -1,5 +1,6 @@
 """Feature extractors: the networks of the literature, or any TorchScript file under its own name."""
 
+import importlib
 import io
 import pickle
 import re
@@ -133,8 +134,9 @@ def load_extractor(features: str, *, name: str | None, weights: str | None, devi
     """Load the extractor a configuration asks for.
 
     Args:
-        features: ``inception``, ``vgg16``, a registered name, or the path of a TorchScript file.
-        name: name of the scores of a TorchScript file; its file stem when None.
+        features: ``inception``, ``vgg16``, a registered name, the path of a TorchScript file, or
+            ``package.module:function`` for a function that makes the network (see :func:`network_extractor`).
+        name: name of the scores of such a file or function; its own name when None.
         weights: file or folder with the published weights; searched in the usual places when None.
         device: where to run it.
 
@@ -149,7 +151,19 @@ def load_extractor(features: str, *, name: str | None, weights: str | None, devi
         if features == "vgg16":
             return vgg16_extractor(find(VGG16, weights).path, device=device)
         return network_extractor(_registered[features](), name=features, device=device)
+    if ":" in features and not Path(features).expanduser().exists():
+        return _imported(features, name, device)
     return _load_torchscript(Path(features).expanduser(), name, device)
+
+
+def _imported(features: str, name: str | None, device: torch.device) -> Extractor:
+    """The network that a function of the user's own code makes, given as ``package.module:function``."""
+    module, _, function = features.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"evaluation.features={features} cannot be imported ({error})") from error
+    return network_extractor(build(), name=name or function, device=device, what=f"evaluation.features={features}")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

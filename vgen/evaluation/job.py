@@ -18,7 +18,7 @@ from vgen.evaluation.captions import read_captions
 from vgen.evaluation.clip_features import ClipExtractor
 from vgen.evaluation.clip_score import ClipScorer, load_clip
 from vgen.evaluation.collect import AnyExtractor, conventions
-from vgen.evaluation.extractors import clip_extractor, perceptual_network, picture_extractor, published
+from vgen.evaluation.extractors import clip_extractor, picture_extractor, published, reconstruction_networks
 from vgen.evaluation.features import Extractor
 from vgen.evaluation.generation import Generation, is_release, release_kind
 from vgen.evaluation.pictures import Pictures
@@ -211,10 +211,7 @@ def _reconstruction_job(
         made, _ = take(samples, config.num_samples, key="samples")
     else:
         made = load_tokenizer(Path(str(config.checkpoint)).expanduser())
-    extractor = None
-    if settings.wants_frechet or set(settings.metrics) & {"sfid", "fvd"}:
-        extractor = _extractor(settings, device, clips=originals.frames is not None)
-    lpips = perceptual_network(settings, device)
+    extractor, lpips = reconstruction_networks(settings, device, clips=originals.frames is not None)
     picture = stem.with_name(f"{stem.name}_reconstructions.png")
     return ReconstructionJob(made, originals, settings, extractor, lpips, device, picture, warnings)
 

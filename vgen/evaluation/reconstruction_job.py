@@ -90,6 +90,8 @@ class ReconstructionJob:
         reasons |= {m: f"{what} are scored" for m in metrics if m in others}
         if "codebook" in metrics and not isinstance(self.made, Tokenizer):
             reasons["codebook"] = "needs checkpoint=<release folder of a tokenizer>"
+        elif "codebook" in metrics and isinstance(self.made, Tokenizer) and not self.made.codebook_size:
+            reasons["codebook"] = "the latents are continuous"
         if "sfid" in metrics and not getattr(self.extractor, "spatial_dim", None):
             reasons["sfid"] = "the extractor has no spatial features"
         return reasons
@@ -159,10 +161,15 @@ class ReconstructionJob:
                 clips = self.made.num_frames is not None
                 with torch.inference_mode():
                     pixels = from_uint8(batch.pictures.to(self.device))
-                    ids = self.made.encode(pixels.transpose(1, 2) if clips else pixels)
-                    made = quantise(self.made.decode(ids).float(), self.settings.quantise).cpu()
+                    pixels = pixels.transpose(1, 2) if clips else pixels
+                    if len(codes):
+                        ids = self.made.encode(pixels)
+                        rebuilt = self.made.decode(ids)
+                        codes += torch.bincount(ids.flatten().cpu(), minlength=len(codes))
+                    else:  # continuous latents have no ids to count
+                        rebuilt = self.made.reconstruct(pixels)
+                    made = quantise(rebuilt.float(), self.settings.quantise).cpu()
                 made = made.transpose(1, 2) if clips else made
-                codes += torch.bincount(ids.flatten().cpu(), minlength=len(codes))
             else:
                 made = self.made.read(batch.index.tolist())
             yield batch, made

@@ -44,7 +44,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
         key: [B, kv_heads, P, head_dim]; kv_heads divides heads (grouped-query attention, repeated in blocks).
         value: like key.
         causal: lower-triangular visibility (F = P).
-        mask: bool, broadcastable to [B, heads, F, P], True = visible.
+        mask: broadcastable to [B, heads, F, P]; bool, True = visible, or float, added to the logits.
         dropout: probability on the attention weights.
 
     Returns:

@@ -1,9 +1,7 @@
 """LPIPS v0.1 with the VGG16 trunk (Zhang et al., arXiv 1801.03924), the perceptual loss of VQ-GANs."""
 
 import importlib.util
-import os
-import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import UserError
+from vgen.losses.weight_files import find_weights, read_weight_file, search_folders
 
 TRUNK_FILES = ("vgg16-397923af.pth",)
 HEAD_FILES = ("vgg.pth", "weights-vgg16-lpips.pth")
@@ -37,10 +36,10 @@ class _Scaling(nn.Module):
 class _Trunk(nn.Module):
     """The convolutions of VGG16, cut in five slices that keep torchvision's layer numbers as names."""
 
-    def __init__(self):
+    def __init__(self, widths: Sequence[int]):
         super().__init__()
         channels = 3
-        for number, ((first, _), width, convs) in enumerate(zip(_SLICES, _WIDTHS, _CONVS, strict=True), start=1):
+        for number, ((first, _), width, convs) in enumerate(zip(_SLICES, widths, _CONVS, strict=True), start=1):
             layers = nn.Sequential()
             index = first
             if number > 1:
@@ -75,13 +74,16 @@ class LPIPS(nn.Module):
     """Learned perceptual distance; frozen, always in evaluation mode, with the published state dict names.
 
     A new instance has random weights: build it with :func:`load_lpips`, or load a state dict.
+
+    Args:
+        widths: channels of the five feature maps; the published weights fit the default only.
     """
 
-    def __init__(self):
+    def __init__(self, widths: Sequence[int] = _WIDTHS):
         super().__init__()
         self.scaling_layer = _Scaling()
-        self.net = _Trunk()
-        for index, width in enumerate(_WIDTHS):
+        self.net = _Trunk(widths)
+        for index, width in enumerate(widths):
             self.add_module(f"lin{index}", _Head(width))
         self.requires_grad_(False)
         self.eval()
@@ -135,14 +137,15 @@ def load_lpips(weights: str | Path | None = None) -> LPIPS:
     Raises:
         UserError: if a file is missing (naming every path tried) or damaged.
     """
-    folders = _search_folders(weights)
+    folders = search_folders(weights)
     trunk = [Path(weights)] if weights is not None and Path(weights).is_file() else []
     trunk += [folder / name for folder in folders for name in TRUNK_FILES]
     heads = [folder / name for folder in folders for name in HEAD_FILES] + _bundled_heads()
     lpips = LPIPS()
     state = dict(lpips.scaling_layer.state_dict(prefix="scaling_layer."))
-    state |= trunk_state(_read(_find(trunk, TRUNK_FILES)))
-    state |= {key: value for key, value in _read(_find(heads, HEAD_FILES)).items() if key.startswith("lin")}
+    state |= trunk_state(read_weight_file(find_weights(trunk, TRUNK_FILES, "lpips"), "lpips"))
+    learned = read_weight_file(find_weights(heads, HEAD_FILES, "lpips"), "lpips")
+    state |= {key: value for key, value in learned.items() if key.startswith("lin")}
     try:
         lpips.load_state_dict(state)
     except RuntimeError as error:
@@ -164,37 +167,8 @@ def trunk_state(vgg: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _search_folders(weights: str | Path | None) -> list[Path]:
-    folders = []
-    if weights is not None:
-        folders.append(Path(weights).parent if Path(weights).is_file() else Path(weights))
-    folders += [Path(folder) for folder in os.environ.get("VGEN_WEIGHTS", "").split(os.pathsep) if folder]
-    return [*folders, Path(torch.hub.get_dir()) / "checkpoints"]
-
-
 def _bundled_heads() -> list[Path]:
     spec = importlib.util.find_spec("torchmetrics")
     if spec is None or spec.origin is None:
         return []
     return [Path(spec.origin).parent / "functional" / "image" / "lpips_models" / "vgg.pth"]
-
-
-def _find(candidates: list[Path], names: tuple[str, ...]) -> Path:
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise UserError(
-        f"perceptual=lpips needs the weight file {' or '.join(names)}, which is in none of: "
-        f"{', '.join(map(str, candidates))}; put it there, or name its folder in VGEN_WEIGHTS or perceptual_weights, "
-        "or train without it: perceptual=none"
-    )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"perceptual=lpips: {path} is truncated or not a weight file; copy it again") from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"perceptual=lpips: {path} holds no state dict")
-    return dict(content)

@@ -1,4 +1,4 @@
-"""The training losses of a VQ-GAN, combined as in LlamaGen (arXiv 2406.06525, section 2)."""
+"""The training losses of a VQ-GAN, combined as in LlamaGen (arXiv 2406.06525) or as in TiTok (arXiv 2406.07550)."""
 
 from pathlib import Path
 
@@ -8,34 +8,48 @@ from torch import Tensor, nn
 
 from vgen.errors import UserError
 from vgen.losses.adversarial import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, adaptive_weight, frozen
+from vgen.losses.blur_discriminator import LeCam
+from vgen.losses.classifier_distance import ClassifierDistance, load_convnext
 from vgen.losses.perceptual import LPIPS, load_lpips
 from vgen.pixels import frames_of
 
 RECONSTRUCTION_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss}
-PERCEPTUAL_LOSSES = ("lpips", "none")
+PERCEPTUAL_LOSSES = ("lpips", "convnext", "lpips+convnext", "none")
+PIXEL_RANGES = {"signed": 1.0, "unit": 0.5}
+"""Scale of the pixels inside the reconstruction loss: [-1, 1] or [0, 1]."""
 
 
 class VQLoss:
     """Generator and discriminator objectives of tokenizer training.
 
-    Not a module on purpose: the frozen LPIPS network must enter neither the training state nor the optimizers. It
-    follows the images to their device.
+    Not a module on purpose: the frozen perceptual networks must enter neither the training state nor the optimizers.
+    They follow the images to their device.
 
     Args:
         reconstruction: ``l1`` or ``l2``, mean over all elements.
         reconstruction_weight: its weight.
-        perceptual: ``lpips`` or ``none``.
+        reconstruction_range: ``signed`` compares pixels in [-1, 1] (LlamaGen), ``unit`` in [0, 1] (TiTok), where l2 is
+            a quarter as large.
+        perceptual: ``lpips``, ``convnext`` (logits of ConvNeXt-S), ``lpips+convnext`` or ``none``.
         perceptual_weight: weight of the perceptual loss; 0 also switches it off.
-        perceptual_weights: folder or file with the LPIPS weights, see :func:`vgen.losses.perceptual.load_lpips`.
+        perceptual_weights: folder or file with the weights, see :func:`vgen.losses.perceptual.load_lpips` and
+            :func:`vgen.losses.classifier_distance.load_convnext`.
+        convnext_weight: of ConvNeXt beside LPIPS in ``lpips+convnext``, (lpips + w convnext) / (1 + w).
         discriminator_loss: ``hinge``, ``vanilla``, ``non-saturating`` or ``non-saturating-reference`` (the original's
             version with swapped arguments, for parity only).
         generator_loss: ``hinge``, ``non-saturating`` or ``non-saturating-reference``.
         adversarial_weight: weight of both adversarial terms once active; 0 trains without a discriminator.
+        discriminator_weight: weight of the discriminator's own objective; None = adversarial_weight (LlamaGen).
         adversarial_start: first global step (counted from 1) at which they are active.
         adaptive: scale the generator's term by the ratio of gradient norms at the decoder's last layer.
+        lecam_weight: weight of the LeCam regularisation of the discriminator; 0 = none.
+        quantizer_weight: weight of the sum of the quantizer's terms.
+
+    Attributes:
+        lecam: its running means, or None; state of the training, to be saved by the training module.
 
     Raises:
-        UserError: for unknown names, negative weights, or missing LPIPS weights.
+        UserError: for unknown names, negative weights, or missing weights of a perceptual network.
     """
 
     def __init__(
@@ -43,17 +57,23 @@ class VQLoss:
         *,
         reconstruction: str = "l2",
         reconstruction_weight: float = 1.0,
+        reconstruction_range: str = "signed",
         perceptual: str = "lpips",
         perceptual_weight: float = 1.0,
         perceptual_weights: str | Path | None = None,
+        convnext_weight: float = 0.1,
         discriminator_loss: str = "hinge",
         generator_loss: str = "hinge",
         adversarial_weight: float = 0.5,
+        discriminator_weight: float | None = None,
         adversarial_start: int = 20000,
         adaptive: bool = False,
+        lecam_weight: float = 0.0,
+        quantizer_weight: float = 1.0,
     ):
         for key, name, known in (
             ("reconstruction", reconstruction, RECONSTRUCTION_LOSSES),
+            ("reconstruction_range", reconstruction_range, PIXEL_RANGES),
             ("perceptual", perceptual, PERCEPTUAL_LOSSES),
             ("discriminator_loss", discriminator_loss, DISCRIMINATOR_LOSSES),
             ("generator_loss", generator_loss, GENERATOR_LOSSES),
@@ -65,18 +85,28 @@ class VQLoss:
             ("perceptual_weight", perceptual_weight),
             ("adversarial_weight", adversarial_weight),
             ("adversarial_start", adversarial_start),
+            ("convnext_weight", convnext_weight),
+            ("discriminator_weight", discriminator_weight or 0.0),
+            ("lecam_weight", lecam_weight),
+            ("quantizer_weight", quantizer_weight),
         ):
             if number < 0:
                 raise UserError(f"loss.{key}={number} must not be negative")
         self.reconstruction = RECONSTRUCTION_LOSSES[reconstruction]
         self.reconstruction_weight = reconstruction_weight
+        self.pixel_scale = PIXEL_RANGES[reconstruction_range]
         self.perceptual_weight = perceptual_weight
-        self.perceptual: LPIPS | None = None
-        if perceptual == "lpips" and perceptual_weight > 0:
-            self.perceptual = load_lpips(perceptual_weights)
+        self.convnext_weight = convnext_weight
+        parts = perceptual.split("+") if perceptual_weight > 0 else []
+        self.perceptual: LPIPS | None = load_lpips(perceptual_weights) if "lpips" in parts else None
+        self.convnext: ClassifierDistance | None = load_convnext(perceptual_weights) if "convnext" in parts else None
         self.discriminator_objective = DISCRIMINATOR_LOSSES[discriminator_loss]
         self.generator_objective = GENERATOR_LOSSES[generator_loss]
         self.adversarial_weight = adversarial_weight
+        self.discriminator_weight = adversarial_weight if discriminator_weight is None else discriminator_weight
+        self.lecam_weight = lecam_weight
+        self.lecam = LeCam() if lecam_weight > 0 and adversarial_weight > 0 else None
+        self.quantizer_weight = quantizer_weight
         self.adversarial_start = adversarial_start
         self.adaptive = adaptive
 
@@ -117,10 +147,10 @@ class VQLoss:
             The total, and detached scalars to log: ``reconstruction``, ``perceptual``, ``generator``, the quantizer's
             terms and, when adaptive, ``adaptive_weight``; raw values without the weights of this class.
         """
-        rec = self.reconstruction(reconstruction.float(), pixels.float())
+        rec = self.reconstruction(self.pixel_scale * reconstruction.float(), self.pixel_scale * pixels.float())
         base = self.reconstruction_weight * rec
         logs = {"reconstruction": rec}
-        if self.perceptual is not None:
+        if self.perceptual is not None or self.convnext is not None:
             logs["perceptual"] = self._perceptual(pixels, reconstruction)
             base = base + self.perceptual_weight * logs["perceptual"]
         total = base
@@ -135,7 +165,7 @@ class VQLoss:
                 weight = weight * logs["adaptive_weight"]
             total = total + weight * logs["generator"]
         for name, value in quantizer_losses.items():
-            total = total + value
+            total = total + self.quantizer_weight * value
             logs[name] = value
         return total, {name: value.detach() for name, value in logs.items()} | {"total": total.detach()}
 
@@ -151,16 +181,27 @@ class VQLoss:
             discriminator: called once on real and once on reconstructed images.
 
         Returns:
-            The total, and detached scalars to log: ``discriminator`` (raw), mean ``logits_real`` and ``logits_fake``.
+            The total, and detached scalars to log: ``discriminator`` (raw), mean ``logits_real`` and ``logits_fake``
+            and, where it takes part, ``lecam`` (raw).
         """
         real = discriminator(pixels.detach()).float()
         fake = discriminator(reconstruction.detach()).float()
         raw = self.discriminator_objective(real, fake)
-        total = raw * (self.adversarial_weight if self.active(step) else 0.0)
+        total = raw * (self.discriminator_weight if self.active(step) else 0.0)
         logs = {"discriminator": raw, "logits_real": real.mean(), "logits_fake": fake.mean()}
+        if self.lecam is not None and self.active(step):
+            logs["lecam"] = self.lecam(real, fake)
+            total = total + self.lecam_weight * logs["lecam"]
         return total, {name: value.detach() for name, value in logs.items()}
 
     def _perceptual(self, pixels: Tensor, reconstruction: Tensor) -> Tensor:
-        assert self.perceptual is not None
-        self.perceptual.to(pixels.device)
-        return self.perceptual(frames_of(pixels), frames_of(reconstruction)).mean()
+        """Mean over the images of the perceptual distance; of both distances their weighted mean."""
+        pixels, reconstruction = frames_of(pixels), frames_of(reconstruction)
+        terms: list[tuple[float, Tensor]] = []
+        if self.perceptual is not None:
+            terms.append((1.0, self.perceptual.to(pixels.device)(pixels, reconstruction).mean()))
+        if self.convnext is not None:
+            weight = self.convnext_weight if terms else 1.0
+            terms.append((weight, self.convnext.to(pixels.device)(pixels, reconstruction)))
+        weighted = torch.stack([weight * term for weight, term in terms])
+        return weighted.sum() / sum(weight for weight, _ in terms)

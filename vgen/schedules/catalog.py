@@ -53,13 +53,13 @@ def load_plan(name: str, grid: Grid, options: dict[str, Any]) -> Plan:
 
 
 def decodable(trained: Plan) -> list[str]:
-    """Names of the orders that decode a network trained with a plan, with the options of their files."""
-    names = []
+    """Names of the orders that decode a network trained with a plan: its own, and others with their files' options."""
+    names = [trained.name]
     for name in available():
         try:
             plan = load_plan(name, trained.grid, {"num_condition": trained.num_condition})
         except UserError:
             continue
-        if plan.same_training(trained):
+        if name != trained.name and plan.same_training(trained):
             names.append(name)
     return names

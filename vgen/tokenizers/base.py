@@ -14,7 +14,7 @@ class TokenizerOutput:
 
     Attributes:
         reconstruction: float32 [B, 3, H, W] or [B, 3, T, H, W], nominally in [-1, 1], not clamped.
-        ids: int64 [B, N], token ids in raster order.
+        ids: int64 [B, N], token ids in raster order; N = 0 where there are none.
         losses: scalar terms of the quantizer, already weighted, ready to be summed.
     """
 
@@ -23,7 +23,51 @@ class TokenizerOutput:
     losses: dict[str, Tensor]
 
 
-class Tokenizer(nn.Module, ABC):
+class Autoencoder(nn.Module, ABC):
+    """Turns pixels into something smaller and back; what all networks of ``task=tokenizer`` and its kin share.
+
+    Attributes:
+        image_size: side in pixels of the square images the network was configured for.
+        codebook_size: number of distinct ids, 0 where the code is continuous.
+        num_frames: frames of the clips it was configured for, None for pictures.
+        training_progress: part of training done, 0..1, kept by the training loop for losses that change with it.
+    """
+
+    codebook_size = 0
+    num_frames: int | None = None
+    training_progress: float = 0.0
+
+    def __init__(self, *, image_size: int):
+        super().__init__()
+        self.image_size = image_size
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the decoder's last layer, where the adaptive adversarial weight balances gradients."""
+
+    @abstractmethod
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels in [-1, 1] [B, 3, H, W] to what :meth:`decode` takes."""
+
+    @abstractmethod
+    def decode(self, code: Tensor) -> Tensor:
+        """What :meth:`encode` gave to float32 pixels [B, 3, H, W], not clamped."""
+
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Encode and decode pixels in [-1, 1] [B, 3, H, W]; float32 of the same shape, not clamped."""
+        return self.decode(self.encode(pixels))
+
+    @abstractmethod
+    def forward(self, pixels: Tensor) -> TokenizerOutput:
+        """Encode with a gradient path and decode."""
+
+    @abstractmethod
+    def compile_parts(self) -> None:
+        """Compile what training spends its time in, leaving the last layer eager; names of parameters stay."""
+
+
+class Tokenizer(Autoencoder):
     """Turns pixels into a grid of integers and back; pixels of a video tokenizer are [B, 3, T, H, W].
 
     Attributes:
@@ -31,15 +75,13 @@ class Tokenizer(nn.Module, ABC):
         num_frames: frames of the clips it was configured for, None for pictures.
         grid: shape of the token grid at that size.
         codebook_size: number of distinct ids; ids are 0 .. codebook_size - 1.
-        training_progress: part of training done, 0..1, kept by the training loop for losses that change with it.
+        decodes_prefixes: whether `decode` also takes the first k ids of a picture, for any k from 1 to `num_tokens`.
     """
 
-    num_frames: int | None = None
-    training_progress: float = 0.0
+    decodes_prefixes = False
 
     def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int):
-        super().__init__()
-        self.image_size = image_size
+        super().__init__(image_size=image_size)
         self.grid = grid
         self.codebook_size = codebook_size
 
@@ -53,11 +95,6 @@ class Tokenizer(nn.Module, ABC):
     def codebook(self) -> Tensor:
         """The vectors the decoder sees, float32 [K, C]."""
 
-    @property
-    @abstractmethod
-    def last_layer(self) -> nn.Parameter:
-        """Weight of the decoder's last layer, where the adaptive adversarial weight balances gradients."""
-
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] [B, 3, H, W] to ids int64 [B, N]."""
@@ -69,10 +106,6 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode, quantize with a gradient path, and decode."""
-
-    @abstractmethod
-    def compile_parts(self) -> None:
-        """Compile what training spends its time in, leaving the last layer eager; names of parameters stay."""
 
     def statistics(self, ids: Tensor) -> dict[str, Tensor]:
         """Figures about code use worth logging, as scalars on the device of `ids` (int64 of any shape)."""

@@ -68,8 +68,12 @@ class FSQ(nn.Module):
         half = self.count // 2
         return (ids.unsqueeze(-1) // self.basis % self.count - half).float() / half
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor, unrounded: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Quantize z [..., dim] of any floating dtype.
+
+        Args:
+            z: to be quantized.
+            unrounded: bool [B], samples whose codes are only bounded, not rounded (a training aid).
 
         Returns:
             Codes float32 [..., dim] whose gradient is that of :meth:`bound` (straight-through rounding), and their ids
@@ -77,5 +81,8 @@ class FSQ(nn.Module):
         """
         bounded = self.bound(z)
         with torch.autocast(z.device.type, enabled=False):
-            codes = (bounded + (bounded.round() - bounded).detach()) / (self.count // 2)
-            return codes, self.ids(codes.detach())
+            rounded = bounded + (bounded.round() - bounded).detach()
+            ids = self.ids(rounded.detach() / (self.count // 2))
+            if unrounded is not None:
+                rounded = torch.where(unrounded.view(-1, *[1] * (z.dim() - 1)), bounded, rounded)
+            return rounded / (self.count // 2), ids

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vgen.errors import UserError
 
 # Numbers of the distance matrix held at once while searching (64 MiB in float32).
-_SEARCH_BUDGET = 2**24
+SEARCH_BUDGET = 2**24
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, rows: Tensor, codes: Tensor) -> Tensor:
         """Index of the nearest code of every row, int64 [M]; the lowest index wins a tie."""
-        step = max(1, _SEARCH_BUDGET // self.codebook_size)
+        step = max(1, SEARCH_BUDGET // self.codebook_size)
         return torch.cat([self.distances(part, codes).argmin(1) for part in rows.split(step)])
 
     def assign(self, rows: Tensor, codes: Tensor) -> Tensor:

@@ -4,17 +4,19 @@ Module names are those of the published checkpoints.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vgen.errors import UserError
-from vgen.tokenizers.base import Tokenizer, TokenizerOutput
+from vgen.tokenizers.base import TokenizerOutput
 from vgen.tokenizers.convnet import Decoder, Encoder
+from vgen.tokenizers.proxy import ProxyTokenizer
 from vgen.tokenizers.quantize import VectorQuantizer
 
 
-class VQGAN(Tokenizer):
+class VQGAN(ProxyTokenizer):
     """Convolutional encoder and decoder around a vector quantizer.
 
     Images of any height and width divisible by the stride are accepted; `image_size` only fixes the usual token grid.
@@ -76,6 +78,14 @@ class VQGAN(Tokenizer):
         side = image_size // stride
         super().__init__(image_size=image_size, grid=(side, side), codebook_size=codebook_size)
         self.stride = stride
+        self._pixel_decoder = {
+            "codebook_dim": codebook_dim,
+            "base_channels": base_channels,
+            "multipliers": list(decoder_multipliers),
+            "num_res_blocks": num_res_blocks,
+            "z_channels": z_channels,
+            "norm_groups": norm_groups,
+        }
         self.encoder = Encoder(
             base_channels=base_channels,
             multipliers=encoder_multipliers,
@@ -128,6 +138,15 @@ class VQGAN(Tokenizer):
     def _trains(self) -> bool:
         """Only training uses the compiled networks: other modes and shapes would compile again."""
         return self.training and torch.is_grad_enabled()
+
+    def pixel_decoder_config(self) -> dict[str, Any]:
+        """Constructor arguments of the decoder with the convolution before it."""
+        return {"_target_": "vgen.tokenizers.proxy.VQGANPixelDecoder", **self._pixel_decoder}
+
+    def pixel_decoder_state(self) -> dict[str, Tensor]:
+        """Their weights."""
+        parts = ("post_quant_conv.", "decoder.")
+        return {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, codebook_dim, h, w].

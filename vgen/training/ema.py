@@ -16,8 +16,8 @@ class EMA:
     Args:
         parameters: trainable parameters by name.
         decay: weight of the old average per update, in [0, 1).
-        warmup: use ``min(decay, (1 + n) / (10 + n))`` at update n, so that the average forgets the initial weights
-            quickly (the rule of TensorFlow's ExponentialMovingAverage).
+        warmup: use ``min(decay, (1 + n) / (10 + n))`` at update n, counted from 0, and copy at the first one, so that
+            the average forgets the initial weights quickly (the rule of diffusers, after TensorFlow's).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], *, decay: float, warmup: bool) -> None:
@@ -32,11 +32,17 @@ class EMA:
         """Move the averages to where the parameters are now."""
         self._average = {name: self._average[name].to(p.device) for name, p in self._parameters.items()}
 
+    def decay_at(self, update: int) -> float:
+        """Weight of the old average at an update, counted from 0."""
+        if not self.warmup:
+            return self.decay
+        return min(self.decay, (1 + update) / (10 + update)) if update > 0 else 0.0
+
     @torch.no_grad()
     def update(self) -> None:
         """Fold the current parameters into the average."""
         assert not self._swapped, "the average cannot be updated while it is swapped in"
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        decay = self.decay_at(self.updates)
         self.updates += 1
         current = [p.detach().float() for p in self._parameters.values()]
         torch._foreach_lerp_(list(self._average.values()), current, 1.0 - decay)

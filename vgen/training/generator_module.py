@@ -138,21 +138,6 @@ class GeneratorModule(TrainingModule):
         logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop)
         self.sum_validation(len(ids), loss=token_cross_entropy(logits, ids), accuracy=token_accuracy(logits, ids))
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by norm and record the norm before."""
-        self.record(grad_norm=self.clip_gradients_of(self.parameters()))
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then fold the new weights into the average, before any callback can save."""
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update()
-
     def count_tokens(self) -> int:
         """Tokens per image."""
         return self.plan.num_tokens

@@ -119,11 +119,11 @@ class TrainingModule(pl.LightningModule):
         return {name for name, p in self.named_parameters() if p.ndim >= 2}
 
     def set_learning_rates(self) -> None:
-        """Set every learning rate for the optimizer step about to be made."""
+        """Set every learning rate for the step about to be made; a group may scale its own with ``lr_scale``."""
         factor = self.lr_schedule.factor(self.trainer.global_step)
         for optimizer, base in zip(self.trainer.optimizers, self._base_lrs, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"] = base * factor * group.get("lr_scale", 1.0)
 
     def clip_gradients_of(self, parameters: Iterator[nn.Parameter]) -> Tensor:
         """Scale gradients so that their joint norm is at most ``clip``; returns the norm before."""
@@ -147,6 +147,21 @@ class TrainingModule(pl.LightningModule):
         self.set_learning_rates()
         key = keyed_uniform(self.seed, _DROPOUT_STREAM, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(key * 2**48))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Under automatic optimization: clip by norm and record the norm before."""
+        self.record(grad_norm=self.clip_gradients_of(self.parameters()))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Under automatic optimization: step, then fold the new weights into the average before a callback saves."""
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update()
 
     def on_validation_epoch_start(self) -> None:
         """Validate the averaged weights, which are the ones that are released."""

@@ -1,4 +1,4 @@
-"""Optimizers with sensible decay groups and learning-rate curves counted in optimizer steps."""
+"""Optimizers with sensible decay groups, frozen parts and learning-rate curves counted in optimizer steps."""
 
 import math
 from collections.abc import Collection, Iterable, Sequence
@@ -12,8 +12,25 @@ from vgen.errors import UserError
 _SHAPES = ("constant", "cosine", "linear", "multistep")
 
 
+def freeze_others(network: nn.Module, prefixes: Sequence[str]) -> None:
+    """Train only the parameters whose names begin with one of the prefixes.
+
+    Raises:
+        UserError: if a prefix is no beginning of any name.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in names))
+            raise UserError(f"task.train_only: no parameter begins with {prefix}; the network's parts are {parts}")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(prefixes)))
+
+
 def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, matrices: Collection[str]
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    matrices: Collection[str],
 ) -> list[dict]:
     """Parameter groups with decay on matrices only.
 
@@ -73,7 +90,8 @@ def adam(
 class LrSchedule:
     """Learning rate as a fraction of its base value, a pure function of the optimizer step.
 
-    The factor rises linearly over ``warmup`` steps (step 0 gets 1 / warmup), then follows ``shape``:
+    The factor rises linearly over ``warmup`` steps (step 0 gets 1 / warmup, or 0 with ``from_zero``), then follows
+    ``shape``:
     ``constant`` stays at 1; ``cosine`` and ``linear`` fall to ``end`` at step ``total``; ``multistep`` is multiplied by
     ``gamma`` at every milestone.
 
@@ -84,6 +102,7 @@ class LrSchedule:
         end: last factor of cosine and linear, in [0, 1].
         milestones: steps, increasing; only for multistep.
         gamma: factor per milestone; only for multistep.
+        from_zero: start the rise at 0 (TiTok), where the first step changes nothing.
     """
 
     shape: str
@@ -92,6 +111,7 @@ class LrSchedule:
     end: float = 0.0
     milestones: Sequence[int] = ()
     gamma: float = 0.1
+    from_zero: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in _SHAPES:
@@ -108,7 +128,7 @@ class LrSchedule:
     def factor(self, step: int) -> float:
         """Factor of optimizer step ``step``, counted from 0."""
         if step < self.warmup:
-            return (step + 1) / self.warmup
+            return (step if self.from_zero else step + 1) / self.warmup
         if self.shape == "multistep":
             return self.gamma ** sum(step >= milestone for milestone in self.milestones)
         if self.shape == "constant":

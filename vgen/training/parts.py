@@ -10,11 +10,12 @@ import torch
 from hydra.utils import get_class
 from torch import nn
 
-from vgen.checkpoints.release import load_tokenizer, make_plan_for, read_config
+from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
+from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
 from vgen.data.frame_prediction import cache_conditioned_codes, check_given_frames
-from vgen.data.source import CodeSource, DataSource
+from vgen.data.source import CodeSource, DataSource, ImageDataset
 from vgen.errors import UserError
 from vgen.generators.conditioning import TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
@@ -23,10 +24,22 @@ from vgen.sampling.pipeline import check_compatible
 from vgen.schedules.check import check_plan
 from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Grid, Plan
-from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.autoencoder_kl import AutoencoderKL
+from vgen.tokenizers.base import Autoencoder, Tokenizer
+from vgen.tokenizers.flextok import FlexTok
+from vgen.tokenizers.titok import TiTok
+from vgen.training.flextok_module import FlexTokModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
+from vgen.training.proxy_module import ProxyModule
 from vgen.training.settings import Node, make
+from vgen.training.titok_parts import (
+    complete_from_release,
+    complete_with_teacher,
+    load_start,
+    load_teacher,
+    load_text_features,
+)
 from vgen.training.tokenizer_module import TokenizerModule
 
 Source = DataSource | CodeSource
@@ -57,30 +70,142 @@ def build_parts(config: Node) -> Parts:
     Raises:
         UserError: for parts that do not fit.
     """
-    return build_tokenizer(config) if config["task"]["name"] == "tokenizer" else build_generator(config)
+    builders = {
+        "tokenizer": build_tokenizer,
+        "vae": build_tokenizer,
+        "flextok": build_flextok,
+        "generator": build_generator,
+    }
+    return builders[config["task"]["name"]](config)
 
 
 def build_tokenizer(config: Node) -> Parts:
-    """Parts of ``task=tokenizer``."""
-    task = config["task"]
-    tokenizer = make(config["tokenizer"], "tokenizer")
+    """Parts of ``task=tokenizer`` and ``task=vae`` and, where a teacher is named, of ``task=titok_stage1``."""
+    if "teacher" in config["task"]:
+        return build_first_stage(config)
+    task, network = config["task"], config["tokenizer"]
+    if task["init_from"] is not None:
+        network = complete_from_release(network, task["init_from"])
+    tokenizer = _network(config, network, AutoencoderKL if task["name"] == "vae" else Tokenizer)
+    source = _pictures(config, tokenizer)
+    if task["init_from"] is not None:
+        load_start(tokenizer, task["init_from"])
     loss = make(task["loss"], "task.loss")
     discriminator = make(task["discriminator"], "task.discriminator") if loss.needs_discriminator else None
+    discriminator_lr = task["discriminator_lr_schedule"]
     module = TokenizerModule(
         tokenizer=tokenizer,
         discriminator=discriminator,
         loss=loss,
         optimizer=make(task["optimizer"], "task.optimizer"),
         discriminator_optimizer=make(task["discriminator_optimizer"], "task.discriminator_optimizer"),
+        discriminator_lr_schedule=discriminator_lr and make(discriminator_lr, "task.discriminator_lr_schedule"),
+        text_features=load_text_features(task["text_features"], tokenizer, source.num_classes),
+        accumulate=task["accumulate"],
+        compile_network=task["compile"],
+        train_only=task["train_only"],
+        kind=task["name"],
+        **_shared(config),
+    )
+    return Parts(module, source, network, _extra(config, source), None)
+
+
+def build_first_stage(config: Node) -> Parts:
+    """Parts of ``task=titok_stage1``."""
+    task = config["task"]
+    teacher = load_teacher(task["teacher"])
+    network = complete_with_teacher(config["tokenizer"], teacher)
+    tokenizer = _network(config, network, TiTok)
+    assert isinstance(tokenizer, TiTok)
+    source = _pictures(config, tokenizer)
+    add_pixel_decoder(tokenizer, teacher)
+    module = ProxyModule(
+        tokenizer=tokenizer,
+        teacher=teacher,
+        quantizer_weight=task["quantizer_weight"],
+        optimizer=make(task["optimizer"], "task.optimizer"),
         accumulate=task["accumulate"],
         compile_network=task["compile"],
         **_shared(config),
     )
+    return Parts(module, source, network, _extra(config, source), None)
+
+
+def build_flextok(config: Node) -> Parts:
+    """Parts of ``task=flextok``: the VAE comes from its release, with the spread of its latents measured."""
+    task, network = config["task"], {**config["tokenizer"]}
+    if "vae" not in network:
+        raise UserError("task=flextok trains a FlexTok; choose one with tokenizer=flextok_<size>")
+    vae, stated = load_vae(task["vae"])
+    network["vae"] = _same_vae(network["vae"], stated)
+    source = _pictures(config, vae)
+    if task["measure_scale"]:
+        network["vae"]["scaling_factor"] = measured_scale(vae, source.train)
+    tokenizer = _network(config, network, FlexTok)
+    assert isinstance(tokenizer, FlexTok)
+    tokenizer.vae.load_state_dict(vae.state_dict())
+    repa = make(task["repa"], "task.repa", dim=tokenizer.decoder.dim) if task["repa"]["weight"] > 0 else None
+    module = FlexTokModule(
+        tokenizer=tokenizer,
+        optimizer=make(task["optimizer"], "task.optimizer"),
+        encoder_lr_scale=task["encoder_lr_scale"],
+        times=make(task["times"], "task.times"),
+        lengths=task["lengths"],
+        null_probability=task["null_probability"],
+        unrounded_probability=task["unrounded_probability"],
+        sample_posterior=task["sample_posterior"],
+        repa=repa,
+        compile_network=task["compile"],
+        **_shared(config),
+    )
+    return Parts(module, source, network, _extra(config, source), None)
+
+
+def measured_scale(vae: AutoencoderKL, dataset: ImageDataset, pixels: int = 2**20) -> float:
+    """The factor that gives the latents of a VAE a standard deviation of 1, from the first pictures of a set.
+
+    Args:
+        vae: on the CPU.
+        dataset: seen without augmentation.
+        pixels: how many are looked at, for example 16 pictures of 256 x 256.
+    """
+    count = min(max(1, pixels // vae.image_size**2), len(dataset))
+    with torch.no_grad():
+        latents = [
+            vae.encode(torch.stack([dataset[int(index)]["pixels"] for index in part])) / vae.scaling_factor
+            for part in torch.arange(count).split(64)
+        ]
+    # Rounded, so that a resumed run on another machine states the same number.
+    return float(f"{1.0 / torch.cat(latents).std().item():.3g}")
+
+
+def _same_vae(configured: Node, released: Node) -> Node:
+    """The configuration of the released VAE, if it is the one the tokenizer was configured for."""
+    for key in sorted(configured.keys() | released.keys()):
+        if key not in ("scaling_factor", "kl_weight") and configured.get(key) != released.get(key):
+            raise UserError(
+                f"tokenizer.vae.{key}={configured.get(key)} does not fit task.vae, whose {key} is {released.get(key)}; "
+                "choose the tokenizer made for that VAE, or set the key"
+            )
+    return {**released}
+
+
+def _network(config: Node, arguments: Node, wanted: Any) -> Autoencoder:
+    network = make(arguments, "tokenizer")
+    if not isinstance(network, wanted):
+        raise UserError(
+            f"task={config['task']['name']} trains a {wanted.__name__}, tokenizer._target_ is a "
+            f"{type(network).__name__}; choose another tokenizer=<name> or task=<name>"
+        )
+    return network
+
+
+def _pictures(config: Node, network: Autoencoder) -> DataSource:
     source = make(config["data"], "data")
     if isinstance(source, CodeSource):
         raise UserError("data=codes holds token ids; a tokenizer is trained on pictures")
-    _check_image_size(source, tokenizer)
-    return Parts(module, source, config["tokenizer"], _extra(config, source), None)
+    _check_image_size(source, network)
+    return source
 
 
 def build_generator(config: Node) -> Parts:
@@ -91,6 +216,8 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} does not exist; train a tokenizer first and give its release folder")
     read_config(release, "tokenizer")
     tokenizer = load_tokenizer(release)
+    if not tokenizer.codebook_size:
+        raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
     network = complete_generator(
@@ -172,7 +299,7 @@ def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
 def training_data(config: Node, parts: Parts, device: torch.device) -> Source:
     """The data a run reads batches from: the user's, or codes cached from it (encoded now if need be)."""
     task, module = config["task"], parts.module
-    if isinstance(module, TokenizerModule) or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
+    if task["name"] != "generator" or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
         return parts.source
     assert isinstance(module, GeneratorModule)
     source, augmentation, given_frames = parts.source, task["cache_augmentation"], task["given_frames"]
@@ -216,7 +343,7 @@ def _extra(config: Node, source: Source) -> Node:
     return {"data": data, "training": training}
 
 
-def _check_image_size(source: DataSource, tokenizer: Tokenizer) -> None:
+def _check_image_size(source: DataSource, tokenizer: Autoencoder) -> None:
     if source.image_size != tokenizer.image_size:
         raise UserError(
             f"data.image_size={source.image_size} differs from tokenizer.image_size={tokenizer.image_size}; "

@@ -16,9 +16,10 @@ from vgen.sampling.first_frames import FromClips
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.training.callbacks import Metrics, StepCallback
+from vgen.training.codebook_module import CodebookModule
+from vgen.training.flextok_module import FlexTokModule
 from vgen.training.generator_module import GeneratorModule
 from vgen.training.module import TrainingModule
-from vgen.training.tokenizer_module import TokenizerModule
 
 _READABLE = 512  # pixels; smaller grids are magnified
 _MOST_CLASSES = 10
@@ -72,17 +73,17 @@ class Pictures(StepCallback):
         module.network.eval()
         try:
             with torch.no_grad(), module.averaged_weights():
-                if isinstance(module, TokenizerModule):
+                if isinstance(module, CodebookModule | FlexTokModule):
                     return self._reconstruct(module)
                 assert isinstance(module, GeneratorModule)
                 return self._sample(module)
         finally:
             module.network.train(training)
 
-    def _reconstruct(self, module: TokenizerModule) -> tuple[Tensor, int]:
+    def _reconstruct(self, module: CodebookModule | FlexTokModule) -> tuple[Tensor, int]:
         assert self.originals is not None
         originals = self.originals.to(module.device)
-        rebuilt = module.tokenizer.decode(module.tokenizer.encode(originals))
+        rebuilt = module.reconstruct(originals)
         if originals.dim() == 5:
             return strips(torch.stack([to_uint8(originals), to_uint8(rebuilt)], dim=1).flatten(0, 1))
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)

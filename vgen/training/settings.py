@@ -89,10 +89,10 @@ def check(config: Node) -> None:
             "score cannot be computed with trainer=fsdp, where no process holds the whole network; use trainer=ddp, or "
             "score the release with evaluate.py"
         )
-    if task["name"] == "tokenizer":
-        _check_tokenizer(config)
-    else:
+    if task["name"] == "generator":
         _check_generator(config)
+    else:
+        _check_tokenizer(config)
 
 
 def _shards(config: Node) -> bool:
@@ -102,13 +102,14 @@ def _shards(config: Node) -> bool:
 
 
 def _check_tokenizer(config: Node) -> None:
+    task = config["task"]["name"]
     for group in ("generator", "schedule"):
         if config[group] is not None:
-            raise UserError(f"{group} has no effect with task=tokenizer; add ~{group} or set task=generator")
+            raise UserError(f"{group} has no effect with task={task}; add ~{group} or set task=generator")
     if config["tokenizer"] is None:
-        raise UserError("task=tokenizer needs a network; choose one with tokenizer=<name>")
+        raise UserError(f"task={task} needs a network; choose one with tokenizer=<name>")
     if config["trainer"]["precision"] in ("16-mixed", "16-true", "16"):
-        raise UserError("trainer.precision=16-mixed cannot scale the two losses of task=tokenizer; use bf16-mixed")
+        raise UserError(f"trainer.precision=16-mixed cannot scale the losses of task={task}; use bf16-mixed")
     if _shards(config):
         raise UserError("trainer=fsdp shards transformer blocks, which tokenizers lack; use trainer=ddp")
 

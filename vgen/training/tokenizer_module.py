@@ -1,85 +1,80 @@
-"""Training of a tokenizer against a discriminator."""
+"""Training of a tokenizer on pixels, against a discriminator."""
 
 from typing import Any
 
 import torch
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from vgen.evaluation.pixel_metrics import psnr
 from vgen.losses.vq import VQLoss
 from vgen.pixels import frames_of, to_uint8
-from vgen.tokenizers.base import Tokenizer
-from vgen.training.module import MakeOptimizer, TrainingModule
+from vgen.training.codebook_module import CodebookModule
+from vgen.training.module import MakeOptimizer
+from vgen.training.optim import LrSchedule
 
 
-class TokenizerModule(TrainingModule):
+class TokenizerModule(CodebookModule):
     """Alternating training of a tokenizer and its discriminator.
 
     Optimisation is manual, because two losses are minimised per batch: a tokenizer step, then a discriminator step that
     reuses the reconstruction computed before the tokenizer's update (LlamaGen). Only the tokenizer's steps count.
 
     Args:
-        tokenizer: network to train.
         discriminator: network that tells reconstructions from originals, or None.
         loss: the objectives.
-        optimizer: function of (named parameters, names of matrices).
-        discriminator_optimizer: the same for the discriminator.
-        accumulate: batches per optimizer step.
-        compile_network: compile the tokenizer's training pass.
-        shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
+        discriminator_optimizer: function of (named parameters, names of matrices).
+        discriminator_lr_schedule: factor of its learning rate, counted from its own first step; None = that of the
+            tokenizer, in the tokenizer's steps.
+        text_features: of every class, float [classes, T, E], for a text-aware tokenizer.
+        shared: arguments of :class:`vgen.training.codebook_module.CodebookModule`.
     """
-
-    task = "tokenizer"
 
     def __init__(
         self,
         *,
-        tokenizer: Tokenizer,
         discriminator: nn.Module | None,
         loss: VQLoss,
-        optimizer: MakeOptimizer,
         discriminator_optimizer: MakeOptimizer | None,
-        accumulate: int,
-        compile_network: bool,
+        discriminator_lr_schedule: LrSchedule | None = None,
+        text_features: Tensor | None = None,
         **shared: Any,
     ) -> None:
-        super().__init__(network=tokenizer, **shared)
-        self.automatic_optimization = False
+        super().__init__(**shared)
         self.discriminator = discriminator
         self.loss = loss
-        self.accumulate = accumulate
-        self._make_optimizer = optimizer
+        # Registered, because its running means belong to the state of the training.
+        self.lecam = loss.lecam
         self._make_discriminator_optimizer = discriminator_optimizer
-        self._matrices = self.matrices()
-        if compile_network:
-            tokenizer.compile_parts()
-        self._codes = torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
-        self._validation_codes = torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The network, as a tokenizer."""
-        assert isinstance(self.network, Tokenizer)
-        return self.network
+        self.discriminator_lr_schedule = discriminator_lr_schedule
+        self._text_features = text_features
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The tokenizer's optimizer and, where there is one, the discriminator's."""
-        optimizers = [self.make_optimizer(self._make_optimizer, "network.", self._matrices)]
+        optimizers = super().configure_optimizers()
         if self.discriminator is not None:
             assert self._make_discriminator_optimizer is not None
             make = self._make_discriminator_optimizer
-            optimizers.append(self.make_optimizer(make, "discriminator.", self._matrices))
+            optimizers.append(self.make_optimizer(make, "discriminator.", self.matrices()))
         return optimizers
+
+    def set_learning_rates(self) -> None:
+        """Set every learning rate; a discriminator with a schedule of its own counts from its own first step."""
+        super().set_learning_rates()
+        if self.discriminator is None or self.discriminator_lr_schedule is None:
+            return
+        # The loss counts steps from 1, the schedule from 0.
+        step = max(0, self.trainer.global_step + 1 - max(1, self.loss.adversarial_start))
+        for group in self.trainer.optimizers[1].param_groups:
+            group["lr"] = self._base_lrs[1] * self.discriminator_lr_schedule.factor(step)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One tokenizer and one discriminator pass; optimizers step after ``accumulate`` batches."""
         pixels = batch["pixels"]
-        last = (self.trainer.fit_loop.epoch_loop.total_batch_idx + 1) % self.accumulate == 0
+        last = self.completes_step()
         # Asked before the tokenizer's step, which advances the counter.
         step = self.trainer.global_step + 1
         self.tokenizer.training_progress = step / self.trainer.max_steps
-        output = self.network(pixels)
+        output = self.network(pixels, *self._text(batch))
         total, logs = self.loss.generator_loss(
             pixels,
             output.reconstruction,
@@ -90,9 +85,9 @@ class TokenizerModule(TrainingModule):
         )
         self.manual_backward(total / self.accumulate)
         self.record(loss=logs.pop("total"), **logs)
-        self._count_codes(self._codes_on_device(), output.ids)
+        self.count_codes(output.ids)
         if last:
-            self._step_network()
+            self.step_network()
         if self.discriminator is not None and self.loss.judges(step):
             total, logs = self.loss.discriminator_loss(
                 pixels, output.reconstruction.detach(), step=step, discriminator=self.discriminator
@@ -105,36 +100,19 @@ class TokenizerModule(TrainingModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Reconstruction, perceptual distance, PSNR of the 8-bit pictures and code use on held-out images."""
         pixels = batch["pixels"]
-        output = self.network(pixels)
-        _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=0)
+        output = self.network(pixels, *self._text(batch))
+        # A step before any: held-out images are not judged by the discriminator, even where it takes part from 0 on.
+        _, logs = self.loss.generator_loss(pixels, output.reconstruction, output.losses, step=-1)
         quality = psnr(to_uint8(frames_of(output.reconstruction)), to_uint8(frames_of(pixels))).mean()
         self.sum_validation(len(pixels), loss=logs.pop("total"), psnr=quality, **logs)
-        self._validation_codes = self._validation_codes.to(self.device)
-        self._count_codes(self._validation_codes, output.ids)
+        self.count_codes(output.ids)
 
-    def on_validation_epoch_end(self) -> None:
-        """Add code use over the whole validation set."""
-        for name, value in self._code_use(self._validation_codes).items():
-            self.log(f"val/{name}", value, logger=False, rank_zero_only=False)
-        self._validation_codes.zero_()
-        super().on_validation_epoch_end()
-
-    def end_interval(self) -> dict[str, float]:
-        """Means of the interval and its code use."""
-        report = super().end_interval() | self._code_use(self._codes_on_device())
-        self._codes.zero_()
-        return report
-
-    def _step_network(self) -> None:
-        optimizer = self.optimizers()
-        if isinstance(optimizer, list):
-            optimizer = optimizer[0]
-        assert isinstance(optimizer, LightningOptimizer)
-        self.record(grad_norm=self.clip_gradients_of(self.network.parameters()))
-        optimizer.step()
-        optimizer.zero_grad()
-        if self.ema is not None:
-            self.ema.update()
+    def _text(self, batch: dict[str, Any]) -> tuple[Tensor, ...]:
+        """Text features of a batch's classes as a further argument, where the tokenizer takes any."""
+        if self._text_features is None:
+            return ()
+        self._text_features = self._text_features.to(self.device)
+        return (self._text_features[batch["label"]],)
 
     def _step_discriminator(self, discriminator: nn.Module) -> None:
         # The plain optimizer, because every step of a Lightning optimizer counts towards trainer.max_steps.
@@ -142,19 +120,3 @@ class TokenizerModule(TrainingModule):
         self.record(discriminator_grad_norm=self.clip_gradients_of(discriminator.parameters()))
         optimizer.step()
         optimizer.zero_grad()
-
-    def _codes_on_device(self) -> Tensor:
-        self._codes = self._codes.to(self.device)
-        return self._codes
-
-    @staticmethod
-    def _count_codes(counts: Tensor, ids: Tensor) -> None:
-        flat = ids.flatten()
-        counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))
-
-    def _code_use(self, counts: Tensor) -> dict[str, float]:
-        """Share of codes used and perplexity (effective number of codes) over all processes."""
-        counts = self.trainer.strategy.reduce(counts.clone(), reduce_op="sum")
-        share = counts / counts.sum().clamp(min=1)
-        perplexity = torch.special.entr(share).sum().exp()
-        return {"codebook_usage": (counts > 0).double().mean().item(), "perplexity": perplexity.item()}

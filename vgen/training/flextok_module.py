@@ -1,0 +1,156 @@
+"""Training of FlexTok's encoder and decoder: rectified flow with nested dropout, on latents of a frozen VAE."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgen.errors import UserError
+from vgen.losses.repa import REPALoss
+from vgen.random import keyed_normal, keyed_uniform
+from vgen.tokenizers.flextok import FlexTok
+from vgen.tokenizers.flow import TimeSampler, noised
+from vgen.tokenizers.nested_dropout import LENGTHS, kept_lengths
+from vgen.training.module import MakeOptimizer, TrainingModule
+
+_TIMES, _LENGTHS, _NULL, _NOISE, _POSTERIOR, _UNROUNDED = range(311, 317)
+_VALIDATION = 2**31  # an epoch no training reaches, so that validation always draws the same
+
+
+class FlexTokModule(TrainingModule):
+    """One loss, one optimizer: the velocity of noised latents, given a random number of leading tokens.
+
+    All random numbers of a picture are keyed by (seed, epoch, picture); only stratified times depend on the batch.
+
+    Args:
+        tokenizer: network to train; its VAE stays as it is.
+        optimizer: function of (named parameters, names of matrices).
+        encoder_lr_scale: factor on the learning rate of the encoder. At first the decoder does not listen to the
+            registers, and an encoder that moves fast meanwhile gives all pictures the same tokens.
+        times: distribution of the flow's times.
+        lengths: of nested dropout, see :func:`vgen.tokenizers.nested_dropout.kept_lengths`.
+        null_probability: share of pictures trained without any token, for guidance.
+        unrounded_probability: share of pictures whose codes are bounded but not rounded in training.
+        sample_posterior: train on samples of the VAE's posterior instead of its mean.
+        repa: alignment loss, or None.
+        compile_network: compile the blocks of both transformers.
+        shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
+
+    Raises:
+        UserError: for options out of range.
+    """
+
+    task = "tokenizer"
+
+    def __init__(
+        self,
+        *,
+        tokenizer: FlexTok,
+        optimizer: MakeOptimizer,
+        encoder_lr_scale: float,
+        times: TimeSampler,
+        lengths: str,
+        null_probability: float,
+        unrounded_probability: float,
+        sample_posterior: bool,
+        repa: REPALoss | None,
+        compile_network: bool,
+        **shared: Any,
+    ) -> None:
+        if lengths not in LENGTHS:
+            raise UserError(f"task.lengths={lengths} is unknown; choose one of {', '.join(LENGTHS)}")
+        if not encoder_lr_scale > 0:
+            raise UserError(f"task.encoder_lr_scale={encoder_lr_scale} must be positive")
+        for name, share in (
+            ("null_probability", null_probability),
+            ("unrounded_probability", unrounded_probability),
+        ):
+            if not 0.0 <= share < 1.0:
+                raise UserError(f"task.{name}={share} must lie in [0, 1)")
+        if repa is not None and not 0 <= repa.block < len(tokenizer.decoder.blocks):
+            raise UserError(f"task.repa.block={repa.block} must be one of the {len(tokenizer.decoder.blocks)} blocks")
+        super().__init__(network=tokenizer, **shared)
+        self.repa = repa
+        self.times, self.lengths = times, lengths
+        self.null_probability, self.unrounded_probability = null_probability, unrounded_probability
+        self.sample_posterior = sample_posterior
+        self._make_optimizer, self._encoder_lr_scale = optimizer, encoder_lr_scale
+        self._matrices = self.matrices()
+        if compile_network:
+            tokenizer.compile_parts()
+
+    @property
+    def tokenizer(self) -> FlexTok:
+        """The network, as a FlexTok."""
+        assert isinstance(self.network, FlexTok)
+        return self.network
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """One optimizer over encoder, decoder and, where there is one, the projector of the alignment loss."""
+        optimizer = self.make_optimizer(self._make_optimizer, "", self._matrices)
+        encoder = {id(parameter) for parameter in self.tokenizer.encoder.parameters()}
+        for group in list(optimizer.param_groups):
+            slow = [parameter for parameter in group["params"] if id(parameter) in encoder]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in encoder]
+            optimizer.add_param_group({**group, "params": slow, "lr_scale": self._encoder_lr_scale})
+        return optimizer
+
+    def objective(
+        self, batch: Mapping[str, Any], epoch: int, *, null_probability: float, unrounded_probability: float = 0.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Flow loss, alignment loss (0 without) and ids of a batch."""
+        tokenizer, pixels, index = self.tokenizer, batch["pixels"], batch["index"]
+
+        def keys(stream: int) -> tuple[int, int, int, Tensor]:
+            return self.seed, stream, epoch, index
+
+        def normal(stream: int, like: Tensor) -> Tensor:
+            position = torch.arange(like[0].numel(), device=like.device)
+            return keyed_normal(*keys(stream)[:3], index[:, None], position).view_as(like)
+
+        latents = tokenizer.latents(pixels)
+        if self.sample_posterior:
+            latents = tokenizer.latents(pixels, normal(_POSTERIOR, latents))
+        unrounded = keyed_uniform(*keys(_UNROUNDED)) < unrounded_probability
+        codes, ids = tokenizer.fsq(tokenizer.encoder(latents), unrounded)
+        draw = keyed_normal if self.times.kind == "logit_normal" else keyed_uniform
+        time = self.times.times(draw(*keys(_TIMES))).float()
+        keep = kept_lengths(keyed_uniform(*keys(_LENGTHS)), tokenizer.num_tokens, self.lengths)
+        null = keyed_uniform(*keys(_NULL)) < null_probability
+        noise = normal(_NOISE, latents)
+        taps = () if self.repa is None else (self.repa.block,)
+        condition = tokenizer.decoder.condition(codes, keep, null)
+        output = tokenizer.decoder(noised(latents, noise, time), time, condition, taps)
+        loss = F.mse_loss(output.velocity.float(), noise - latents)
+        aligned = loss.new_zeros(()) if self.repa is None else self.repa(pixels, output.features[0])
+        return loss, aligned, ids
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Mean squared error of the velocity, plus the weighted alignment loss."""
+        flow, aligned, ids = self.objective(
+            batch,
+            self.current_epoch,
+            null_probability=self.null_probability,
+            unrounded_probability=self.unrounded_probability,
+        )
+        total = flow
+        if self.repa is not None:
+            total = flow + self.repa.weight * aligned
+            self.record(repa=aligned)
+        self.record(loss=total, flow=flow, **self.tokenizer.statistics(ids))
+        return total
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Flow loss on held-out pictures with all their tokens' prefixes, never without any."""
+        flow, _, ids = self.objective(batch, _VALIDATION, null_probability=0.0)
+        self.sum_validation(len(ids), loss=flow)
+
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Reconstructions from few to all tokens, one after the other: [lengths * B, 3, H, W]."""
+        ids = self.tokenizer.encode(pixels)
+        index = torch.arange(len(ids), device=ids.device)
+        most = self.tokenizer.num_tokens
+        lengths = sorted({min(4**power, most) for power in range(most.bit_length() // 2 + 1)} | {most})
+        return torch.cat([self.tokenizer.decode(ids[:, :k], sample_index=index) for k in lengths])
