@@ -78,11 +78,22 @@ def test_generators_for_flextok_have_the_size_the_paper_gives(name):
     assert millions == pytest.approx(FLEXTOK[name], rel=0.003)
 
 
-SMALL = {"base", "digits", "maskgit_digits", "s", "flextok_ar_base", "flextok_ar_digits", "flextok_ar_text_base"}
+SMALL = {
+    "base",
+    "digits",
+    "maskgit_digits",
+    "moving_digits",
+    "s",
+    "video",
+    "flextok_ar_base",
+    "flextok_ar_digits",
+    "flextok_ar_text_base",
+}
 
 
 def test_every_preset_is_checked_or_small():
     names = {path.stem for path in (CONFIGS / "generator").glob("*.yaml")}
-    # Those of RAR and MaskGIT are compared with the manifests of the published files.
+    # Those of RAR, MaskGIT, NAR's video and LARP's generators are compared with the manifests of the published files.
     by_manifest = {"m", "rar_base", "rar_b", "rar_l", "rar_xl", "rar_xxl", "maskgit_vit", "maskgit_uvit"}
+    by_manifest |= {"nar_video_l", "nar_video_lp", "larp_ar_l", "larp_ar_lp"}
     assert names - set(PUBLISHED) - set(INFERRED) - set(FLEXTOK) - by_manifest == SMALL

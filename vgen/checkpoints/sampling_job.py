@@ -2,12 +2,21 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline
+from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline, read_config
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
 
-_OPTIONAL = ("edit", "extrapolate", "num_tokens")
+_OPTIONAL = ("edit", "extrapolate", "num_tokens", "predict", "num_frames", "overlap")
+_USUAL_FPS, _FASTEST = 8.0, 50.0
+
+
+def frame_rate(fps: float | None, checkpoint: str) -> float:
+    """Frames per second of clips: as asked for, else those of the data the generator was trained on."""
+    if fps is not None:
+        return fps
+    data = read_config(checkpoint, "generator").get("data") or {}
+    return min(_FASTEST, data.get("fps", _USUAL_FPS))
 
 
 def sample(config: DictConfig) -> None:
@@ -30,6 +39,9 @@ def sample(config: DictConfig) -> None:
         extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
         num_tokens=plain["num_tokens"],
         text_features=plain["text_features"],
+        predict=plain.get("predict"),
+        num_frames=plain["num_frames"],
+        overlap=plain["overlap"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -54,6 +66,7 @@ def sample(config: DictConfig) -> None:
             fmt=plain["format"],
             grid_pictures=plain["grid_pictures"],
             animated=plain["animate"],
+            fps=frame_rate(plain["fps"], plain["checkpoint"]),
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

@@ -147,3 +147,45 @@ class TextContext(nn.Module):
         if drop is not None:
             context = torch.where(drop[:, None, None], self.null.to(context.dtype), context)
         return torch.cat([self.start.to(context.dtype).expand(len(context), 1, -1), context], dim=1)
+
+
+class TokenCondition(nn.Module):
+    """Tokens in front of the tokens that are generated, then a learned separator (LARP's frame prediction).
+
+    The tokens share the embedding of the generated ones; their positions are the generator's.
+
+    Args:
+        num_tokens: tokens of the condition.
+        dim: width of the generator.
+        droppable: learn a vector that replaces every token of a dropped condition, for guidance; LARP has none.
+    """
+
+    def __init__(self, *, num_tokens: int, dim: int, droppable: bool = False) -> None:
+        super().__init__()
+        self.num_slots = num_tokens + 1
+        self.separator = nn.Parameter(torch.randn(dim) * 0.02)
+        self.null = nn.Parameter(torch.randn(dim) * 0.02) if droppable else None
+
+    def forward(self, embedded: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Append the separator.
+
+        Args:
+            embedded: [B, num_tokens, dim], embedded tokens.
+            drop: bool [B], conditions that are replaced by the null vector.
+
+        Returns:
+            [B, num_slots, dim].
+
+        Raises:
+            UserError: if a condition is to be dropped and there is no null vector.
+        """
+        if drop is not None and (self.null is not None or bool(drop.any())):
+            if self.null is None:
+                raise UserError(
+                    "this generator has learned no null condition, so it cannot be guided; set "
+                    "sampling.guidance.scale=1 (and task.condition_dropout=0 in training), or train one with "
+                    "generator.condition.droppable=true"
+                )
+            embedded = torch.where(drop[:, None, None], self.null.to(embedded.dtype), embedded)
+        separator = self.separator.to(embedded.dtype).expand(len(embedded), 1, -1)
+        return torch.cat([embedded, separator], dim=1)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
 from vgen.generators.block import Block, BlockShape
-from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext
-from vgen.generators.embedding import CodebookEmbedding, Directions, LearnedPlaces
+from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
+from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
 from vgen.generators.places import Places, mask_padding
 from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
@@ -38,8 +38,8 @@ class Transformer(nn.Module):
     Args:
         vocab_size: number of token ids V.
         grid: token grid the position tables are built for.
-        condition: module that embeds the condition (class labels or text features). With a ``TextContext`` every block
-            attends to the text between its attention and its feed-forward layer.
+        condition: module that embeds the condition (class labels, text features or token ids). With a ``TextContext``
+            every block attends to the text between its attention and its feed-forward layer.
         dim: width of the residual stream.
         depth: number of blocks before the first output head.
         heads: attention heads; must divide dim into an even head width.
@@ -67,7 +67,9 @@ class Transformer(nn.Module):
         rope_placeless: rotation of slots without a place: ``zero`` (published weights) or ``identity``.
         rope_axes: order in which the coordinates share the head, as numbers into (own axes, target axes); null =
             in that order.
-        positions: learned absolute positions: ``none``, ``own``, ``own_target`` (RAR).
+        positions: absolute positions: ``none``, learned ones ``own`` and ``own_target`` (RAR), or ``sincos``, a fixed
+            table over the condition slots and then the grid.
+        last_position: the last place of the grid has a position; without it (LARP) its token cannot be fed.
         adaln: what modulates the blocks, any of ``condition`` (the class vector), ``step`` (number of the slot, RAR),
             ``direction`` (move to the predicted place, DAR); empty = plain norms.
         directions: moves by number for ``adaln=[direction]``; filled in from the schedule.
@@ -99,7 +101,7 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         grid: Sequence[int],
-        condition: ClassCondition | TextCondition | TextContext,
+        condition: ClassCondition | TextCondition | TextContext | TokenCondition,
         dim: int,
         depth: int,
         heads: int,
@@ -123,7 +125,8 @@ class Transformer(nn.Module):
         rope_base: float = 10000.0,
         rope_placeless: Placeless = "zero",
         rope_axes: Sequence[int] | None = None,
-        positions: Literal["none", "own", "own_target"] = "none",
+        positions: Literal["none", "own", "own_target", "sincos"] = "none",
+        last_position: bool = True,
         adaln: Sequence[AdaLNInput] = (),
         directions: Sequence[Sequence[int]] | None = None,
         codebook_dim: int | None = None,
@@ -154,7 +157,7 @@ class Transformer(nn.Module):
             qk_norm=(qk_norm, (None, "rms", "layer")),
             rope=(rope, ("own", "own_target", "none")),
             rope_placeless=(rope_placeless, ("zero", "identity")),
-            positions=(positions, ("none", "own", "own_target")),
+            positions=(positions, ("none", "own", "own_target", "sincos")),
             token_dropout_on=(token_dropout_on, ("all", "tokens")),
         )
         self.vocab_size, self.grid = vocab_size, tuple(grid)
@@ -198,6 +201,13 @@ class Transformer(nn.Module):
             ffn_inner_dropout=ffn_inner_dropout,
             cross_attention=isinstance(condition, TextContext),
         )
+        if isinstance(condition, TokenCondition) and (
+            positions == "none" or (rope != "none" and rope_placeless == "zero")
+        ):
+            raise UserError(
+                "a condition of tokens is told its order by generator.positions=own, and its keys must not be zeroed: "
+                "set generator.rope=none or generator.rope_placeless=identity"
+            )
         blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
         self.tok_embeddings: nn.Embedding | CodebookEmbedding
@@ -210,8 +220,13 @@ class Transformer(nn.Module):
         self.places = (
             None
             if positions == "none"
-            else LearnedPlaces(
-                num_condition=condition.num_slots, num_tokens=tokens, dim=dim, target=positions == "own_target"
+            else Positions(
+                num_condition=condition.num_slots,
+                num_tokens=tokens,
+                dim=dim,
+                target=positions == "own_target",
+                last=last_position,
+                fixed=positions == "sincos",
             )
         )
         self.steps = nn.Embedding(slots, dim) if "step" in self.adaln else None
@@ -301,6 +316,13 @@ class Transformer(nn.Module):
                 f"schedule '{plan.name}' has {plan.num_slots} slots, more than the {self.steps.num_embeddings} that "
                 "generator.adaln=[step] knows; leave 'step' out for orders with queries"
             )
+        if self.places is not None and self.places.num_places < plan.num_tokens:
+            fed = plan.order[plan.position[plan.position >= 0]]
+            if plan.any_order or bool((fed >= self.places.num_places).any()):
+                raise UserError(
+                    f"schedule '{plan.name}' feeds the last token of the grid, which has no position with "
+                    "generator.last_position=false; set it to true"
+                )
         if self.directions is not None:
             if plan.shuffled or plan.random_order is not None:
                 raise UserError(
@@ -312,6 +334,21 @@ class Transformer(nn.Module):
                     f"schedule '{plan.name}' makes the move {list(unknown[0])}, which generator.directions does not "
                     "list: the generator was trained for another schedule"
                 )
+
+    def embed_condition(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed what the samples are conditioned on.
+
+        Args:
+            condition: class labels int64 [B], text features [B, num_condition, caption_dim], or token ids int64
+                [B, num_condition - 1].
+            drop: bool [B], samples that get the null condition instead.
+
+        Returns:
+            [B, num_condition, dim].
+        """
+        if isinstance(self.condition, TokenCondition):
+            return self.condition(self.tok_embeddings(condition), drop)
+        return self.condition(condition, drop)
 
     def enter(
         self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, *, blank: Tensor | None = None, **seen: Any
@@ -476,7 +513,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: int64 [B, N], raster order.
-            condition: class labels int64 [B] or text features [B, num_condition, caption_dim].
+            condition: see :meth:`embed_condition`.
             plan: decode order.
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
@@ -496,7 +533,7 @@ class Transformer(nn.Module):
             order, read, ordered = tensors.order, tensors.read, ids[:, tensors.order]
         else:
             read, ordered = tensors.read_in_order.reordered(order.argsort(1)), ids.gather(1, order)
-        embedded = self.condition(condition, drop)
+        embedded = self.embed_condition(condition, drop)
         x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
         if padding is not None:
             assert not self.num_context, "a text context marks its padding by zeros"
@@ -618,7 +655,7 @@ def _check_combinations(*refused: tuple[Any, str]) -> None:
 
 def _check_adaln(
     adaln: Sequence[AdaLNInput],
-    condition: ClassCondition | TextCondition | TextContext,
+    condition: ClassCondition | TextCondition | TextContext | TokenCondition,
     directions: Sequence[Sequence[int]] | None,
 ) -> tuple[AdaLNInput, ...]:
     if unknown := [name for name in adaln if name not in get_args(AdaLNInput)]:

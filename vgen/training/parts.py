@@ -1,21 +1,24 @@
 """Building the parts of a run from its resolved configuration."""
 
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_class
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
 from vgen.checkpoints.text_features import read_text_features
 from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
+from vgen.data.frame_prediction import cache_conditioned_codes, check_given_frames
 from vgen.data.source import CodeSource, DataSource, ImageDataset
 from vgen.errors import UserError
-from vgen.generators.conditioning import TextContext
+from vgen.generators.conditioning import TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
@@ -233,6 +236,7 @@ def build_generator(config: Node) -> Parts:
         generator.condition.attach(texts)
     if isinstance(generator.tok_embeddings, CodebookEmbedding):
         generator.tok_embeddings.load_codebook(tokenizer.codebook, std=task["codebook_std"])
+    _check_condition(task, generator.condition, source, tokenizer)
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
     generator.check_plan(plan)
@@ -245,10 +249,12 @@ def build_generator(config: Node) -> Parts:
         condition_dropout=task["condition_dropout"],
         label_smoothing=task["label_smoothing"],
         visible_weight=task["visible_weight"],
+        given_frames=task["given_frames"],
         compile_network=task["compile"],
         **_shared(config),
     )
-    return Parts(module, source, network, {"schedule": config["schedule"], **_extra(config, source)}, release)
+    extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}
+    return Parts(module, source, network, extra, release)
 
 
 def complete_generator(
@@ -279,10 +285,13 @@ def complete_generator(
         UserError: if the configuration states another value than the part it comes from.
     """
     condition = dict(generator["condition"])
-    if get_class(condition["_target_"]) is TextContext:
-        _fill_text(condition, texts, num_classes)
-    elif texts is not None:
+    kind = get_class(condition["_target_"])
+    if texts is not None and kind is not TextContext:
         raise UserError("task.text_features has no effect on this generator; choose one such as flextok_ar_text_d12")
+    if kind is TextContext:
+        _fill_text(condition, texts, num_classes)
+    elif kind is TokenCondition:
+        _fill(condition, "num_tokens", prod(grid), "generator.condition", "the tokens of the first frames")
     else:
         _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
     network = {**generator, "condition": condition}
@@ -325,10 +334,11 @@ def training_data(config: Node, parts: Parts, device: torch.device) -> Source:
     if task["name"] != "generator" or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
         return parts.source
     assert isinstance(module, GeneratorModule)
-    source, augmentation = parts.source, task["cache_augmentation"]
+    source, augmentation, given_frames = parts.source, task["cache_augmentation"], task["given_frames"]
     tokenizer = tokenizer_fingerprint(module.tokenizer)
     name = f"{source.name}-{source.train.fingerprint()[:8]}-{tokenizer[:12]}-{augmentation}"
-    return cache_codes(
+    cache = cache_codes if given_frames is None else partial(cache_conditioned_codes, given_frames=given_frames)
+    return cache(
         source,
         module.tokenizer,
         Path(config["paths"]["cache"]) / "codes" / name,
@@ -358,6 +368,8 @@ def _shared(config: Node) -> dict[str, Any]:
 
 def _extra(config: Node, source: Source) -> Node:
     data = {"name": source.name, "num_classes": source.num_classes, "class_names": list(source.class_names)}
+    if isinstance(source, DataSource) and source.fps is not None:
+        data["fps"] = source.fps
     training = {name: config[name] for name in ("data", "task", "seed")}
     training["max_steps"] = config["trainer"]["max_steps"]
     return {"data": data, "training": training}
@@ -374,6 +386,26 @@ def _check_image_size(source: DataSource, tokenizer: Autoencoder) -> None:
         raise UserError(
             f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of one "
             "kind and length"
+        )
+
+
+def _check_condition(task: Node, condition: nn.Module, source: Source, tokenizer: Tokenizer) -> None:
+    """Frame prediction: the network, the task and the data must all know of it."""
+    given_frames = task["given_frames"]
+    if (given_frames is not None) != isinstance(condition, TokenCondition):
+        raise UserError(
+            "frame prediction takes both condition@generator.condition=frames and task.given_frames=<number>; give "
+            "both or neither"
+        )
+    if given_frames is None or not isinstance(condition, TokenCondition):
+        return
+    check_given_frames(tokenizer, given_frames)
+    if isinstance(source, CodeSource):
+        raise UserError("data=codes does not hold the codes of first frames; frame prediction needs the clips as data")
+    if task["condition_dropout"] > 0 and condition.null is None:
+        raise UserError(
+            f"task.condition_dropout={task['condition_dropout']} needs a null condition; set "
+            "generator.condition.droppable=true, or task.condition_dropout=0"
         )
 
 
