@@ -83,7 +83,7 @@ def measure(pipeline: Pipeline, given: argparse.Namespace, order: str) -> str:
     for _ in range(2):
         pipeline.generate(labels, index, sampling)
     tokens_s = seconds_of(lambda: pipeline.generate_ids(labels, index, sampling), device)
-    pixels_s = seconds_of(lambda: pipeline.pixel_decoder(ids).cpu(), device)
+    pixels_s = seconds_of(lambda: pipeline.pixel_decoder(ids, index.to(device), 0).cpu(), device)
 
     with tempfile.TemporaryDirectory() as folder:
 

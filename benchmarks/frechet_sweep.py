@@ -107,7 +107,7 @@ def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
     """Score samples at every guidance scale."""
     known = load_reference(arguments.out)
     dtype = torch.bfloat16 if extractor.device.type == "cuda" else torch.float32
-    pipeline = load_pipeline(arguments.release, device=extractor.device, dtype=dtype)
+    pipeline = load_pipeline(arguments.release, device=extractor.device, dtype=dtype, num_tokens=arguments.num_tokens)
     results = []
     for scale in [float(part) for part in arguments.scales.split(",")]:
         results.append(score(pipeline, extractor, known, scale, arguments.samples, arguments))
@@ -156,6 +156,7 @@ def main() -> None:
     command.add_argument("--samples", type=int, default=10000)
     command.add_argument("--final", type=int, default=50000)
     command.add_argument("--batch-size", type=int, default=1000)
+    command.add_argument("--num-tokens", type=int, help="first tokens kept of every sample (FlexTok); default all")
     command.add_argument("--pictures", default="runs/sweep")
     arguments = parser.parse_args()
     extractor = load_extractor(arguments.features, name="cifar10", weights=None, device=pick_device())

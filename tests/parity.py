@@ -18,7 +18,8 @@ import torch
 
 # The adapters are found however this file is started, as a script or imported by the test suite; and it is
 # the code of this checkout that is compared, not that of an installed vgen.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parent))
 
 from adapters import Case, Check, UnknownCase, uncompared
 

@@ -23,7 +23,8 @@ def test_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 2
-    assert (tmp_path / "report.json").is_file()
+    if path.stem == "quickstart":
+        assert (tmp_path / "report.json").is_file()
 
 
 def test_notebooks_are_stored_without_outputs():

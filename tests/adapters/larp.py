@@ -4,25 +4,26 @@ import re
 
 import torch
 from adapters import Case, Check, Tolerance, UnknownCase, compare, compare_manifest, count_parameters
+from adapters.larp_ar import is_generator, run_generator
 from torch import Tensor
 
 from vgen.checkpoints.convert import load_strict
 from vgen.checkpoints.larp import to_ours, to_published, tokenizer_arguments
 from vgen.data.video_transforms import ClipTransform, first_frames, pad_frames
 from vgen.evaluation.frechet import frechet_distance, gaussian_of
+from vgen.layers.sincos import sincos_1d, sincos_3d
 from vgen.losses.adversarial import hinge_discriminator, hinge_generator, non_saturating_generator
 from vgen.losses.larp import ClipDiscriminator, lecam, smoothed_logistic_discriminator
 from vgen.tokenizers.larp import LARP
 from vgen.tokenizers.larp_quantizer import StochasticQuantizer
-from vgen.tokenizers.larp_transformer import sincos_1d, sincos_3d
 
 EXACT_IDS = Tolerance(0.0, 0.0)
 
 
 def run(case: Case) -> list[Check]:
     """Find out what a case is from its content and run it."""
-    if "n_layer" in (case.data.get("__config__") or case.config):
-        raise UnknownCase("LARP's autoregressive network")
+    if is_generator(case):
+        return run_generator(case)
     if case.is_manifest:
         return run_manifest(case)
     if "clip" in case.inputs and "bottleneck" in case.config:

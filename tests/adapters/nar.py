@@ -1,4 +1,4 @@
-"""Golden cases of NAR's image models, and the masks and orders of its video models."""
+"""Golden cases of NAR: image and video models, masks, orders and filters."""
 
 import math
 import re
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from adapters import EXACT, Case, Check, Tolerance, UnknownCase, compare_all
-from adapters.orders import branches, build, check_preset, compare_gradients, greedy, guidance_of, same
+from adapters.orders import branches, build, check_preset, compare_gradients, greedy, guidance_of, option, same
+from adapters.video_generators import check_video_preset, condition_of, network
 from torch import Tensor
 
 from vgen.checkpoints.convert import load_strict
-from vgen.checkpoints.nar import to_ours, to_published
+from vgen.checkpoints.nar import to_ours, to_published, video_plan_of
 from vgen.generators.transformer import Transformer, mask_padding
 from vgen.losses.tokens import token_cross_entropy
 from vgen.sampling.filters import filter_logits
@@ -24,12 +25,16 @@ FORWARD, DECODED, FILTERS = Tolerance(2e-4, 1e-4), Tolerance(5e-4, 1e-4), Tolera
 
 def run(case: Case) -> list[Check]:
     """Find out what a case is from its content and run it."""
-    if "abs_pe" in case.data or "abs_pe" in case.state:
-        raise UnknownCase("a video network with learned absolute positions")
     for known, runner in RUNNERS:
         if known(case):
             return runner(case)
     raise UnknownCase("neither a manifest, tables, a filter, a forward pass nor a generation of NAR")
+
+
+def run_video_manifest(case: Case) -> list[Check]:
+    """A published size of a video model."""
+    config = case.data["__config__"]
+    return check_video_preset(case, config, video_plan_of(config), "nar_video", to_ours, to_published)
 
 
 def run_manifest(case: Case) -> list[Check]:
@@ -119,10 +124,17 @@ def run_filters(case: Case) -> list[Check]:
 
 def _inputs(case: Case) -> tuple[Tensor, Tensor | None]:
     padding = case.inputs["emb_masks"].bool() if "emb_masks" in case.inputs else None
-    return case.inputs["cond"], padding
+    return condition_of(case) if _is_video(case) else case.inputs["cond"], padding
+
+
+def _is_video(case: Case) -> bool:
+    return "abs_pe" in case.state
 
 
 def _network(case: Case, grid: tuple[int, ...]) -> tuple[Transformer, Plan]:
+    if _is_video(case):
+        plan = video_plan_of(case.config)
+        return network(case, plan, to_ours, last_position=True), plan
     plan = neighboring(grid=grid, num_condition=case.config.get("cls_token_num", 1))
     generator = build(case.config, plan)
     load_strict(generator, to_ours(case.state), what=case.name)
@@ -140,6 +152,8 @@ def _mask(plan: Plan, padding: Tensor | None, batch: int) -> Tensor:
 
 def _grid_of(case: Case) -> tuple[int, ...]:
     """The grid, stated or the one (of those with N cells) that the given mask belongs to."""
+    if "latent_shape" in case.config:
+        return tuple(case.config["latent_shape"])
     if "grid" in case.data:
         return tuple(case.data["grid"])
     condition, padding = _inputs(case)
@@ -160,7 +174,9 @@ def run_forward(case: Case) -> list[Check]:
     generator, plan = _network(case, _grid_of(case))
     ids, (condition, padding) = case.inputs["idx"], _inputs(case)
     mask = _mask(plan, padding, len(ids))
-    checks = [same("mask", torch.equal(mask, case.inputs["mask"].bool()), True)] if "mask" in case.inputs else []
+    checks = []
+    if "mask" in case.inputs:
+        checks.append(same("mask", torch.equal(mask, case.inputs["mask"].bool().expand_as(mask)), True))
 
     tensors, slots = with_last_token(plan).on(ids.device), raster_slots(plan)
     feed = tensors.feed
@@ -168,7 +184,7 @@ def run_forward(case: Case) -> list[Check]:
     embedded, order = generator.condition(condition), tensors.order
     hidden = generator.run_blocks(*generator.enter(ids[:, order], embedded, feed, order, causal=False, mask=visible))
     got = {}
-    for index, head in enumerate("RB"):
+    for index, head in enumerate("RDB" if plan.num_heads == 3 else "RB"):
         state = hidden[index][:, slots]
         got[f"hidden_{head}"] = state
         got[f"logits_{head}"] = generator.outputs[index](generator.norms[index](state)).float()
@@ -191,20 +207,11 @@ def _tolerance(case: Case, default: Tolerance) -> Tolerance:
     )
 
 
-def _option(case: Case, name: str, default: float) -> float:
-    """A sampling option: a key of the case, or an argument of the call that its reference sentence quotes."""
-    for place in (case.data, case.config):
-        if place.get(name) is not None:
-            return float(place[name])
-    match = re.search(rf"\b{name}=(-?[\d.]+)", case.data.get("reference", ""))
-    return float(match[1]) if match else default
-
-
 def run_generate(case: Case) -> list[Check]:
     """Greedy decoding: fed positions and tokens of every pass, tokens, guided logits and both branches."""
-    generator, plan = _network(case, tuple(case.data["grid"]))
+    generator, plan = _network(case, _grid_of(case))
     condition, padding = _inputs(case)
-    scale, interval = _option(case, "cfg_scale", 1.0), int(_option(case, "cfg_interval", -1))
+    scale, interval = option(case, "cfg_scale", 1.0), int(option(case, "cfg_interval", -1))
     # The prefill is always guided; later passes while at most `interval` tokens are decided.
     guidance = guidance_of(scale if scale > 1 else 1.0, None if interval < 0 else [(0, interval + 1)])
     found = greedy(generator, plan, condition, guidance, padding=padding)
@@ -229,6 +236,10 @@ def _passes(plan: Plan, index: int, step: dict[str, Any], tokens: Tensor) -> lis
         same(f"pass {index} positions", fed, step["input_pos"]),
         same(f"pass {index} targets", plan.order[forward.targets].tolist(), step["target_raster"]),
     ]
+    for name, cells in (("target_coordinates", plan.order[forward.targets]), ("input_coordinates", raster)):
+        if step.get(name) is not None:
+            ours = torch.stack(torch.unravel_index(cells, plan.grid), dim=1).tolist()
+            checks.append(same(f"pass {index} {name}", ours, step[name]))
     if step["input_tokens"] is not None:
         ours = tokens[:, raster].tolist() * (step["batch"] // len(tokens))
         checks.append(same(f"pass {index} tokens", ours, step["input_tokens"]))
@@ -237,6 +248,7 @@ def _passes(plan: Plan, index: int, step: dict[str, Any], tokens: Tensor) -> lis
 
 RUNNERS: list[tuple[Callable[[Case], bool], Callable[[Case], list[Check]]]] = [
     (lambda c: "medusa_output.weight" in c.data, run_manifest),
+    (lambda c: "output_R.weight" in c.data, run_video_manifest),
     (lambda c: any(name.startswith(("mask_", "frontier_")) for name in c.outputs), run_tables),
     (lambda c: "logits" in c.inputs and not c.state, run_filters),
     (lambda c: bool(c.state) and "idx" in c.inputs, run_forward),

@@ -1,5 +1,6 @@
 """What the adapters of the decode orders share: building networks, guidance ranges, traced greedy decoding."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,3 +189,12 @@ def same(name: str, got: Any, want: Any) -> Check:
 def sides_of(value: int | list[int]) -> tuple[int, ...]:
     """A grid given as one side or as a list of sides."""
     return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def option(case: Case, name: str, default: float) -> float:
+    """A sampling option: a key of the case, or an argument of the call that its reference sentence quotes."""
+    for place in (case.data, case.config):
+        if place.get(name) is not None:
+            return float(place[name])
+    match = re.search(rf"\b{name}=(-?[\d.]+)", case.data.get("reference", ""))
+    return float(match[1]) if match else default

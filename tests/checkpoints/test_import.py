@@ -4,7 +4,7 @@ import yaml
 
 from tests.paths import CONFIGS
 from vgen.checkpoints import __main__ as importer
-from vgen.checkpoints import llamagen_gpt, llamagen_vq, maskgit, par, randar, rar
+from vgen.checkpoints import llamagen_gpt, llamagen_vq, maskgit, par, randar, rar, titok
 from vgen.checkpoints.release import build, load_pipeline
 from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition
@@ -26,11 +26,28 @@ TOKENS = {
 SIZES = {"dim": 32, "depth": 1, "heads": 2, "ffn_multiple_of": 16}
 
 
+MASKGIT_TOKENS = {
+    "_target_": "vgen.tokenizers.maskgit_vqgan.MaskGITVQGAN",
+    "image_size": 16,
+    "base_channels": 8,
+    "multipliers": [1, 1, 2],
+    "num_res_blocks": 1,
+    "z_channels": 8,
+    "codebook_size": 32,
+    "norm_groups": 4,
+}
+
+
 @pytest.fixture
 def configs(tmp_path, monkeypatch):
     """Presets small enough for a test, in the place of the real ones; the schedules stay."""
     folder = tmp_path / "configs"
-    for name, content in (("tokenizer/vq16", TOKENS), ("generator/l", {"defaults": ["base", "_self_"]} | SIZES)):
+    presets = {
+        "tokenizer/vq16": TOKENS,
+        "tokenizer/maskgit_vqgan": MASKGIT_TOKENS,
+        "generator/l": {"defaults": ["base", "_self_"]} | SIZES,
+    }
+    for name, content in presets.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     (folder / "schedule").symlink_to(importer.CONFIGS / "schedule")
@@ -81,24 +98,78 @@ def test_position_queries_are_imported(tmp_path, configs):
     assert len(pipeline.plan.forwards) == 5
 
 
-def test_presets_with_parents_are_imported_whole(tmp_path, configs):
-    """RAR: a prefix slot, joint tables and a head that swaps scale and shift."""
+def rar_generator(tmp_path):
+    """A RAR as published, with random weights: a prefix slot, joint tables, a head that swaps scale and shift."""
     switches = yaml.safe_load((CONFIGS / "generator" / "rar_base.yaml").read_text())
     switches |= {"dim": 32, "depth": 1, "heads": 2, "ffn_hidden": 48}
     for name, content in (("rar_base", switches), ("rar_b", {"defaults": ["rar_base", "_self_"]})):
         (importer.CONFIGS / "generator" / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    published(tmp_path)
     options = {key: value for key, value in switches.items() if key not in ("_target_", "condition")}
     condition = ClassCondition(num_classes=1000, dim=32, num_prefix=1)
     generator = Transformer(vocab_size=32, grid=(4, 4), condition=condition, **options).eval()
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     torch.save(rar.to_published(generator.state_dict()), tmp_path / "gpt.pt")
-    run(tmp_path, "--family", "rar", "--size", "rar_b")
+    return generator
+
+
+def maskgit_tokenizer(tmp_path):
+    """A MaskGIT-VQGAN as published, with random weights."""
+    torch.manual_seed(1)
+    tokenizer = build(MASKGIT_TOKENS).eval()
+    torch.save(titok.to_published(tokenizer.state_dict()), tmp_path / "vq.pt")
+    return tokenizer
+
+
+def test_presets_with_parents_are_imported_whole(tmp_path, configs):
+    """RAR with its own tokenizer."""
+    tokenizer, generator = maskgit_tokenizer(tmp_path), rar_generator(tmp_path)
+    run(tmp_path, "--vq-preset", "maskgit_vqgan", "--family", "rar", "--size", "rar_b")
     pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
     ids, labels = torch.randint(32, (2, 16)), torch.tensor([7, 999])
     expected = generator.logits(ids, labels, pipeline.plan)
     assert torch.equal(pipeline.generator.logits(ids, labels, pipeline.plan), expected)
+
+    assert torch.equal(pipeline.tokenizer.decode(ids), tokenizer.decode(ids))
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    assert torch.equal(pipeline.tokenizer.encode(pixels), tokenizer.encode(pixels))
+    assert pipeline.generate(labels, torch.arange(2), Sampling()).shape == (2, 3, 16, 16)
+
+
+def test_randar_with_the_tokenizer_of_maskgit_is_imported(tmp_path, configs):
+    generator = published(tmp_path, randar.to_published, position_queries=True)
+    tokenizer = maskgit_tokenizer(tmp_path)
+    run(tmp_path, "--vq-preset", "maskgit_vqgan", "--family", "randar", "--schedule", '{"steps": 5}')
+    pipeline = load_pipeline(tmp_path / "out", device=torch.device("cpu"))
+    ids, labels = torch.randint(32, (2, 16)), torch.tensor([7, 999])
+    assert torch.equal(
+        pipeline.generator.logits(ids, labels, pipeline.plan), generator.logits(ids, labels, pipeline.plan)
+    )
+    assert torch.equal(pipeline.tokenizer.decode(ids), tokenizer.decode(ids))
+
+
+def test_a_tokenizer_imported_earlier_serves_several_generators(tmp_path, configs, capsys):
+    tokenizer = maskgit_tokenizer(tmp_path)
+    importer.main(f"--vq {tmp_path}/vq.pt --vq-preset maskgit_vqgan --image-size 16 --out {tmp_path}/tokens".split(" "))
+    rar_generator(tmp_path)
+    given = ["--tokenizer", str(tmp_path / "tokens"), "--out", str(tmp_path / "rar")]
+    importer.main([*given, "--generator", str(tmp_path / "gpt.pt"), "--family", "rar", "--size", "rar_b"])
+    assert not (tmp_path / "rar_tokenizer").exists()
+    ids = torch.randint(32, (2, 16))
+    pipeline = load_pipeline(tmp_path / "rar", device=torch.device("cpu"))
+    assert torch.equal(pipeline.tokenizer.decode(ids), tokenizer.decode(ids))
+    for wrong in (given, ["--vae", "x", "--generator", "y", "--out", "z"]):
+        with pytest.raises(SystemExit):
+            importer.main(wrong)
+    assert "--generator needs --vq or --tokenizer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_kind_is_named(tmp_path, configs, capsys):
+    published(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path, "--vq-preset", "maskgit_vqgan")
+    assert stop.value.code == 2
+    assert "choose --vq-preset vq16, vq8" in capsys.readouterr().err
 
 
 def test_masked_generators_are_imported_with_their_mask_token(tmp_path, configs):

@@ -104,7 +104,8 @@ def test_a_raster_model_decodes_it_and_the_first_rows_agree():
     ("options", "message"),
     [
         ({"grid": (16,)}, "is not"),
-        ({"grid": (2, 4, 4)}, "is not"),
+        ({"grid": (2, 2, 4, 4)}, "is not"),
+        ({"grid": (2, 4, 4), "window": 2, "adaptive": True}, "adaptive knows no frames"),
         ({"grid": (4, 4), "window": 0}, "window=0"),
         ({"grid": (4, 4), "cache": "lenient"}, "cache=lenient"),
     ],
@@ -115,8 +116,37 @@ def test_bad_input(options, message):
 
 
 @pytest.mark.parametrize("cache", ["strict", "original"])
-def test_logits_depend_only_on_tokens_of_earlier_passes(cache):
-    plan = zipar(grid=(4, 5), window=2, cache=cache)
+def test_frames_are_decoded_one_after_the_other(cache):
+    plan, picture = (zipar(grid=grid, window=2, cache=cache) for grid in ((3, 3, 4), (3, 4)))
+    check_plan(plan)
+    passes = len(picture.forwards)
+    assert len(plan.forwards) == 3 * passes == 3 * (2 * 4 + (3 - 2) * 2)
+    expected = torch.cat([picture.step_of() + frame * passes for frame in range(3)])
+    assert torch.equal(plan.step_of(), expected)
+    # The first pass of a frame feeds the true last token of the frame before; every row was fed its true tokens.
+    assert plan.forwards[passes].feed.tokens.tolist() == [11]
+    assert plan.forwards[passes].feed.position.tolist() == [11]
+    # Inside a frame the stand-ins are those of a picture.
+    for number, forward in enumerate(picture.forwards[1:], 1):
+        assert plan.forwards[passes + number].feed.tokens.tolist() == [12 + t for t in forward.feed.tokens.tolist()]
+
+
+def test_the_first_frame_is_decoded_like_a_picture():
+    clip = raster(grid=(2, 3, 4))
+    generator = tiny_generator(clip)
+    labels, index = torch.tensor([1, 2]), torch.arange(2)
+    tokens = [
+        decode(generator, plan, labels, sampling=Sampling(seed=4), sample_index=index)
+        for plan in (clip, zipar(grid=(2, 3, 4), window=2))
+    ]
+    assert torch.equal(tokens[0][:, :8], tokens[1][:, :8])
+    assert not torch.equal(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("grid", [(4, 5), (2, 2, 5), (2, 5, 2)])
+@pytest.mark.parametrize("cache", ["strict", "original"])
+def test_logits_depend_only_on_tokens_of_earlier_passes(cache, grid):
+    plan = zipar(grid=grid, window=min(2, grid[-1] - 1), cache=cache)
     generator = tiny_generator(plan)
     ids = torch.randint(23, (1, 20)).repeat(21, 1)
     each = torch.arange(20)

@@ -31,6 +31,11 @@ PARAMETERS = {
     "ucf101_larp": 193_880_224,
     # The published 177,227,008 without BERT's two token types, which are part of our positions.
     "maskgit_b64": 177_227_008 - 2 * 768,
+    "larp_ar_l": 326_261_760,
+    "larp_ar_lp": 631_975_680,
+    "larp_ar_k600": 633_157_120,
+    "nar_video_l": 368_736_256,
+    "nar_video_lp": 693_588_480,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {
@@ -39,11 +44,17 @@ TOKENS = {
     "cifar10_raster": (4096, (8, 8), 10),
     "cifar10_maskgit": (4096, (8, 8), 10),
     "maskgit_b64": (4096, (64,), 1000),
+    "digits_flextok_ar": (200, (16,), 10),
+    "cifar10_flextok_ar": (12800, (64,), 10),
+    "imagenet256_flextok_ar": (64000, (256,), 1000),
+    **{f"larp_ar_{size}": (8192, (1024,), 101) for size in ("l", "lp", "k600")},
+    **{f"nar_video_{size}": (8192, (4, 16, 16), 101) for size in ("l", "lp")},
+    **{f"moving_digits_{kind}": (240, (3, 6, 6), 10) for kind in ("raster", "neighboring", "parallel", "prediction")},
 }
 
 
 def settings_of(recipe: str) -> dict:
-    needed = [] if "digits" in recipe else ["data.path=/somewhere"]
+    needed = [] if "digits" in recipe else ["data.path=/somewhere", "++task.tokenizer=/release"]
     return resolve(composed(f"experiment={recipe}", *needed))
 
 

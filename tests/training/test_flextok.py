@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.training.helpers import COMMON, GENERATOR, TOKENIZER, column, composed, load, run, same
-from vgen.checkpoints.release import load_tokenizer, load_vae
+from vgen.checkpoints.release import load_pipeline, load_tokenizer, load_vae
 from vgen.errors import UserError
+from vgen.sampling.settings import Guidance, Sampling
 from vgen.tokenizers.flextok import FlexTok
 from vgen.training.parts import build_parts, measured_scale
 from vgen.training.settings import resolve
@@ -91,6 +93,63 @@ def test_flextok_learns_and_its_release_decodes_prefixes(vae_release, tmp_path):
     assert height == pytest.approx(width, rel=0.05)
     raster = [*GENERATOR, f"task.tokenizer={result.release}", "trainer.max_steps=1", "task.cache_codes=true"]
     assert column(run(tmp_path / "generator", *raster), "train/loss")
+
+
+@pytest.fixture(scope="module")
+def flextok_release(vae_release, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flextok")
+    return run(folder / "run", *FLEXTOK, f"task.vae={vae_release}", "trainer.max_steps=1").release
+
+
+def test_a_generator_on_its_tokens_makes_pictures_of_every_length(flextok_release, tmp_path):
+    settings = [
+        *GENERATOR,
+        "generator=flextok_ar_digits",
+        f"task.tokenizer={flextok_release}",
+        "task.optimizer.lr=5e-3",
+    ]
+    result = run(tmp_path / "run", *settings, "every.pictures=25", "pictures=1", "trainer.max_steps=25")
+    loss = column(result, "train/loss")
+    assert sum(loss[-5:]) < 0.9 * sum(loss[:5])
+    labels, index = torch.tensor([1, 7]), torch.tensor([0, 5])
+    for count in (1, 3, None):
+        pipeline = load_pipeline(result.release, device=torch.device("cpu"), num_tokens=count)
+        assert pipeline.generate(labels, index, Sampling()).shape == (2, 3, 8, 8)
+        assert pipeline.generate_ids(labels, index, Sampling()).shape == (2, count or 4)
+
+
+def test_a_generator_on_text_learns_from_a_file_of_features_and_draws_prompts(flextok_release, tmp_path):
+    torch.manual_seed(0)
+    captions, prompts = tmp_path / "captions.safetensors", tmp_path / "prompts.safetensors"
+    save_file({"features": torch.randn(10, 3, 6)}, captions)
+    save_file({"features": torch.randn(4, 3, 6)}, prompts)
+    text = ["+generator.condition.num_features=null", "+generator.condition.caption_dim=null"]
+    settings = [*GENERATOR, "generator=flextok_ar_text_d12", f"task.tokenizer={flextok_release}"]
+    sizes = ["generator.dim=16", "generator.depth=1", "generator.heads=2", "trainer.max_steps=2"]
+    given = [*settings, *sizes, *text, f"task.text_features={captions}"]
+    result = run(tmp_path / "run", *given, "every.pictures=2", "pictures=1", "every.validate=2")
+    assert column(result, "val/loss")
+    assert len(list(result.pictures.iterdir())) == 1
+    load = {"device": torch.device("cpu"), "num_tokens": 2}
+    pipeline = load_pipeline(result.release, text_features=prompts, **load)
+    assert pipeline.num_classes == 4
+    labels, guided = torch.tensor([0, 3]), Sampling(guidance=Guidance(scale=2.0))
+    assert pipeline.generate(labels, torch.arange(2), guided).shape == (2, 3, 8, 8)
+    with pytest.raises(UserError, match="class label 5 is out of range"):
+        pipeline.generate(torch.tensor([5]), torch.arange(1), guided)
+    with pytest.raises(UserError, match="give text_features"):
+        load_pipeline(result.release, **load)
+    wrong = tmp_path / "wrong.safetensors"
+    save_file({"features": torch.randn(9, 3, 6)}, wrong)
+    for change, message in (
+        ([*settings, *sizes], "none is given"),
+        ([*given[:-1], f"task.text_features={wrong}"], "the file has 9 captions"),
+        ([*given, "generator.condition.caption_dim=7"], "caption_dim=7 does not fit"),
+        ([*settings, "generator=digits", f"task.text_features={captions}"], "no effect on this generator"),
+        ([*settings, *sizes, f"task.text_features={tmp_path / 'no.safetensors'}"], "no weight file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_parts(resolve(composed(*change)))
 
 
 def test_resume_continues_exactly(vae_release, tmp_path):

@@ -7,11 +7,13 @@ import torch
 from PIL import Image
 
 from tests.training.helpers import column, composed, load, run
+from vgen.checkpoints.release import load_pipeline
 from vgen.data.moving_digits import moving_digits
 from vgen.data.source import DataSource
 from vgen.errors import UserError
+from vgen.sampling.settings import Sampling
 from vgen.training.parts import build_parts
-from vgen.training.settings import resolve
+from vgen.training.settings import check, resolve
 
 
 def few_clips(**settings) -> DataSource:
@@ -90,6 +92,74 @@ def test_generator_trains_on_cached_codes_of_clips(causal, tmp_path):
     with Image.open(sorted(result.pictures.glob("*.png"))[-1]) as image:
         width, height = image.size
     assert width / height == pytest.approx(5 / 10, abs=0.05)
+
+
+PREDICTION = [
+    *COMMON,
+    "task=generator",
+    "~tokenizer",
+    "generator=digits",
+    "schedule=neighboring",
+    "condition@generator.condition=frames",
+    "generator.dim=16",
+    "generator.depth=1",
+    "generator.heads=2",
+    "generator.rope=none",
+    "generator.positions=own",
+    "task.given_frames=2",
+    "task.condition_dropout=0",
+    "task.cache_augmentation=flip",
+]
+
+
+def checked_parts(settings):
+    check(settings)
+    return build_parts(settings)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_frame_prediction_trains_shows_and_samples(causal, tmp_path, cached):
+    arguments = [*PREDICTION, f"task.tokenizer={causal.release}", f"task.cache_codes={cached}"]
+    result = run(tmp_path / "run", *arguments)
+    assert len(column(result, "train/loss")) == len(column(result, "val/loss")) * 2 == 2
+    # 2 clips above what is predicted from their first frames, 5 frames each.
+    with Image.open(sorted(result.pictures.glob("*.png"))[-1]) as image:
+        width, height = image.size
+    assert width / height == pytest.approx(5 / 4, abs=0.05)
+    data = {"_target_": "vgen.sampling.first_frames.FromData", "data": {**composed(*COMMON).data}}
+    data["data"]["_target_"] = "vgen.data.moving_digits.moving_digits"
+    pipeline = load_pipeline(result.release, device=torch.device("cpu"), predict=data)
+    assert pipeline.given_frames == 2
+    assert pipeline.generate(torch.zeros(2, dtype=torch.int64), torch.arange(2), Sampling()).shape == (2, 3, 5, 16, 16)
+
+
+def test_unconditional_training_and_sampling(causal, tmp_path):
+    generator = ["task=generator", "~tokenizer", "generator=digits", "schedule=raster", "generator.dim=16"]
+    generator += ["generator.depth=1", "generator.heads=2", "task.condition_dropout=1", "pictures=1"]
+    result = run(tmp_path / "run", *COMMON, *generator, f"task.tokenizer={causal.release}")
+    pipeline = load_pipeline(result.release, device=torch.device("cpu"))
+    labels = pipeline.labels("unconditional", 2, seed=0)
+    assert labels.tolist() == [10, 10]
+    pipeline.generate(labels, torch.arange(2), Sampling())
+    with pytest.raises(UserError, match="trained without labels"):
+        pipeline.generate(torch.tensor([1, 2]), torch.arange(2), Sampling())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task.given_frames=5"], r"given_frames=5 must lie in 1\.\.4"),
+        (["task.given_frames=null"], "give both or neither"),
+        (["condition@generator.condition=label"], "give both or neither"),
+        (["task.condition_dropout=0.1"], "needs a null condition"),
+        (["generator.positions=none"], "a condition of tokens"),
+        (["score.every_steps=1"], "score cannot give first frames"),
+    ],
+)
+def test_frame_prediction_that_cannot_work_is_refused(causal, overrides, message):
+    settings = resolve(composed(*PREDICTION, f"task.tokenizer={causal.release}", *overrides))
+    with pytest.raises(UserError, match=message):
+        checked_parts(settings)
 
 
 def test_adversarial_training_of_clips(tmp_path):

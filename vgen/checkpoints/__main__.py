@@ -17,13 +17,15 @@ from vgen.checkpoints.nar import load_nar
 from vgen.checkpoints.par import load_par
 from vgen.checkpoints.randar import load_randar
 from vgen.checkpoints.rar import load_rar
-from vgen.checkpoints.release import build, make_plan_for, save_release
+from vgen.checkpoints.release import build, make_plan_for, read_config, save_release
+from vgen.checkpoints.titok import load_maskgit_vqgan
 from vgen.errors import UserError, reported
 from vgen.generators.transformer import Transformer
 from vgen.schedules.plan import Plan
-from vgen.tokenizers.vqgan import VQGAN
+from vgen.tokenizers.maskgit_vqgan import MaskGITVQGAN
 
 CONFIGS = Path(vgen.__file__).parents[1] / "configs"
+VQ_PRESETS = ("vq16", "vq8", "maskgit_vqgan")
 FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
     "llamagen": ("raster", load_llamagen_gpt),
     "maskgit": ("masked", load_maskgit),
@@ -44,7 +46,7 @@ def generator_preset(size: str) -> dict[str, Any]:
     """
     path = CONFIGS / "generator" / f"{size}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if p.stem not in ("base", "rar_base")))
+        names = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml") if not p.stem.endswith("base")))
         raise UserError(f"--size {size} is no preset; choose one of {names}")
     own = yaml.safe_load(path.read_text())
     parents = [name for name in own.pop("defaults", []) if name not in ("_self_", "base")]
@@ -55,11 +57,11 @@ def generator_preset(size: str) -> dict[str, Any]:
 
 
 def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Path:
-    """Write the release of a published LlamaGen tokenizer.
+    """Write the release of a published tokenizer of LlamaGen, or of MaskGIT as RAR and RandAR use it.
 
     Args:
-        file: such as ``vq_ds16_c2i.pt``.
-        preset: ``vq16`` or ``vq8``.
+        file: such as ``vq_ds16_c2i.pt`` or ``maskgit-vqgan-imagenet-f16-256.bin``.
+        preset: ``vq16``, ``vq8`` or ``maskgit_vqgan``.
         image_size: side in pixels of the images it will be used for.
         out: release folder.
 
@@ -68,8 +70,14 @@ def import_tokenizer(file: Path, preset: str, image_size: int, out: Path) -> Pat
     """
     config = yaml.safe_load((CONFIGS / "tokenizer" / f"{preset}.yaml").read_text()) | {"image_size": image_size}
     tokenizer = build(config)
-    assert isinstance(tokenizer, VQGAN)
-    load_llamagen_vq(tokenizer, file)
+    try:
+        if isinstance(tokenizer, MaskGITVQGAN):
+            load_maskgit_vqgan(tokenizer, file)
+        else:
+            load_llamagen_vq(tokenizer, file)
+    except UserError as error:
+        others = ", ".join(name for name in VQ_PRESETS if name != preset)
+        raise UserError(f"{error}; if it is another tokenizer, choose --vq-preset {others}") from error
     return save_release(out, tokenizer, config, kind="tokenizer", extra={"source": file.name})
 
 
@@ -124,8 +132,7 @@ def import_generator(
     """
     order, load = FAMILIES[family]
     sizes = generator_preset(size)
-    tokens = yaml.safe_load((tokenizer_release / "config.yaml").read_text())["network"]
-    tokenizer = build(tokens)
+    tokenizer = build(read_config(tokenizer_release, "tokenizer")["network"])
     schedule = yaml.safe_load((CONFIGS / "schedule" / f"{order}.yaml").read_text()) | options
     condition = {
         "_target_": "vgen.generators.conditioning.ClassCondition",
@@ -160,13 +167,20 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m vgen.checkpoints",
         description="Turn published ImageNet weights into release folders for sample.py and evaluate.py.",
         epilog="example: python -m vgen.checkpoints --vq vq_ds16_c2i.pt --generator c2i_L_256.pt --size l "
-        "--image-size 256 --out releases/llamagen_l_256",
+        "--image-size 256 --out releases/llamagen_l_256; RAR: --vq maskgit-vqgan-imagenet-f16-256.bin "
+        "--vq-preset maskgit_vqgan --generator rar_b.bin --family rar --size rar_b --out releases/rar_b",
     )
     tokenizers = parser.add_mutually_exclusive_group(required=True)
-    tokenizers.add_argument("--vq", type=Path, help="LlamaGen tokenizer, vq_ds16_c2i.pt or vq_ds8_c2i.pt")
+    tokenizers.add_argument("--vq", type=Path, help="tokenizer of LlamaGen (vq_ds16_c2i.pt, vq_ds8_c2i.pt) or MaskGIT")
+    tokenizers.add_argument("--tokenizer", type=Path, help="release of the generator's tokenizer, imported earlier")
     tokenizers.add_argument("--flextok", type=Path, help="FlexTok, model.safetensors of EPFL-VILAB/flextok_*")
     tokenizers.add_argument("--vae", type=Path, help="diffusers AutoencoderKL, diffusion_pytorch_model.safetensors")
-    parser.add_argument("--vq-preset", choices=("vq16", "vq8"), default="vq16")
+    parser.add_argument(
+        "--vq-preset",
+        choices=VQ_PRESETS,
+        default=VQ_PRESETS[0],
+        help="what --vq is; RAR and some RandAR weights speak the ids of maskgit_vqgan",
+    )
     parser.add_argument("--image-size", type=int, default=256, help="side in pixels the weights were trained at")
     parser.add_argument("--generator", type=Path, help="class-conditional generator; without it only the tokenizer")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llamagen")
@@ -174,8 +188,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schedule", type=json.loads, default={}, help='schedule options as JSON, {"regions": 4}')
     parser.add_argument("--out", type=Path, required=True, help="release folder to write")
     chosen = parser.parse_args(arguments)
-    if chosen.vq is None and chosen.generator is not None:
-        parser.error("--generator needs --vq: the published generators speak the ids of LlamaGen's tokenizer")
+    if chosen.vq is None and chosen.tokenizer is None and chosen.generator is not None:
+        parser.error("--generator needs --vq or --tokenizer: the tokenizer whose ids it speaks")
+    if chosen.tokenizer is not None and chosen.generator is None:
+        parser.error("--tokenizer is the tokenizer of a --generator; give one")
     with reported():
         if chosen.flextok is not None:
             print(f"release: {import_flextok(chosen.flextok, chosen.out)}")
@@ -183,8 +199,11 @@ def main(arguments: list[str] | None = None) -> None:
         if chosen.vae is not None:
             print(f"release: {import_vae(chosen.vae, chosen.image_size, chosen.out)}")
             return
-        tokenizer_out = chosen.out if chosen.generator is None else chosen.out.with_name(chosen.out.name + "_tokenizer")
-        release = import_tokenizer(chosen.vq, chosen.vq_preset, chosen.image_size, tokenizer_out)
+        release = chosen.tokenizer
+        if release is None:
+            alone = chosen.generator is None
+            tokenizer_out = chosen.out if alone else chosen.out.with_name(chosen.out.name + "_tokenizer")
+            release = import_tokenizer(chosen.vq, chosen.vq_preset, chosen.image_size, tokenizer_out)
         if chosen.generator is not None:
             release = import_generator(
                 chosen.generator, chosen.family, chosen.size, release, chosen.out, chosen.schedule

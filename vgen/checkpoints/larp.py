@@ -153,7 +153,7 @@ def load_larp_tokenizer(path: str | Path, *, nominal_grid: Sequence[int] | None 
         UserError: for missing or unreadable files, unsupported options, and any difference in names or shapes.
     """
     path = Path(path)
-    file, config, content = _read(path)
+    file, config, content = read_published(path)
     state = unwrap(content, keys=("sd",), path=file)
     try:
         arguments = tokenizer_arguments(config, nominal_grid=nominal_grid)
@@ -203,8 +203,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"release: {import_larp_tokenizer(chosen.source, chosen.out, nominal_grid=chosen.grid)}")
 
 
-def _read(path: Path) -> tuple[Path, Mapping[str, Any], Any]:
-    """Weight file, constructor arguments and content."""
+def read_published(path: str | Path) -> tuple[Path, Mapping[str, Any], Any]:
+    """Weight file, constructor arguments and content of a published network.
+
+    Args:
+        path: a folder with one weight file and one ``.json``, or a trainer's checkpoint.
+
+    Raises:
+        UserError: for missing or unreadable files.
+    """
+    path = Path(path)
     if path.is_dir():
         weights = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
         configs = sorted(path.glob("*.json"))

@@ -17,18 +17,23 @@ from torch import Tensor, nn
 
 from vgen import __version__
 from vgen.checkpoints.convert import load_strict, read_weights
+from vgen.checkpoints.text_features import read_text_features
 from vgen.errors import UserError
+from vgen.generators.conditioning import TextContext
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
 from vgen.sampling.engine import Engine
 from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
+from vgen.sampling.first_frames import FromData
 from vgen.sampling.given import Edit
+from vgen.sampling.long_clips import LongPipeline, overlapping_tokens
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.pixels import PixelSettings
 from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.autoencoder_kl import AutoencoderKL
 from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.causal3d import Causal3D
 
 FORMAT = "vgen.release/1"
 CONFIG, WEIGHTS, TOKENIZER = "config.yaml", "model.safetensors", "tokenizer"
@@ -226,6 +231,11 @@ def load_pipeline(
     extrapolation: Extrapolation | None = None,
     engine: Engine = "auto",
     pixels: PixelSettings | None = None,
+    num_tokens: int | None = None,
+    text_features: str | Path | None = None,
+    predict: dict[str, Any] | None = None,
+    num_frames: int | None = None,
+    overlap: int | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -239,6 +249,13 @@ def load_pipeline(
         extrapolation: decode pictures larger than trained; null = not.
         engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
         pixels: how the tokenizer decodes.
+        num_tokens: decide only the first tokens of every sample; null = all. See :mod:`vgen.sampling.prefix`.
+        text_features: features of the captions that labels count, for a generator on text. See
+            :func:`vgen.checkpoints.text_features.read_text_features`.
+        predict: configuration of :class:`vgen.sampling.first_frames.Start`, for a generator that predicts frames;
+            ``data: null`` in it means the data the generator was trained on.
+        num_frames: frames of clips longer than trained; null = as trained.
+        overlap: see :class:`vgen.sampling.long_clips.LongPipeline`.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -251,9 +268,19 @@ def load_pipeline(
             f"schedule '{plan.name}' does not fit {folder}, which was trained with '{trained.name}'; choose one of "
             f"{', '.join(decodable(trained))}"
         )
+    if isinstance(generator.condition, TextContext) and text_features is not None:
+        generator.condition.attach(read_text_features(text_features))
+    elif text_features is not None:
+        raise UserError("text_features has no effect: this generator is not conditioned on text")
     tokenizer = load_tokenizer(folder).to(device)
     generator = generator.to(device, dtype)
+    if overlap is not None and num_frames is None:
+        raise UserError("overlap joins the windows of long clips; give num_frames, too")
     if extrapolation is not None:
+        if num_tokens is not None:
+            raise UserError("extrapolate needs all tokens of the trained size; leave num_tokens out")
+        if num_frames is not None or predict is not None:
+            raise UserError("extrapolate makes larger pictures; it cannot be combined with num_frames or predict")
         if edit is not None:
             raise UserError("edit and extrapolate cannot be combined; take one after the other")
         fine = {"num_known": plan.num_tokens, "steps": extrapolation.steps} if plan.has_queries else {}
@@ -272,12 +299,35 @@ def load_pipeline(
     if given is not None and plan.has_queries:
         # Such an order takes what is given first, so that everything else is decided in view of it.
         plan = make_plan_for(generator, config | {"num_known": given.count})
-    return Pipeline(
-        generator=generator,
-        tokenizer=tokenizer,
-        plan=plan,
-        picture_size=picture_size,
-        given=given,
-        engine=engine,
-        pixels=pixels,
-    )
+    training = document.get("training") or {}
+    parts: dict[str, Any] = {
+        "generator": generator,
+        "tokenizer": tokenizer,
+        "plan": plan,
+        "picture_size": picture_size,
+        "given": given,
+        "engine": engine,
+        "pixels": pixels,
+        "num_tokens": num_tokens,
+        "start": None if predict is None else build(_start_config(predict, training)),
+        "given_frames": document.get("given_frames"),
+        "unconditional": training.get("task", {}).get("condition_dropout") == 1,
+    }
+    if num_frames is None:
+        return Pipeline(**parts)
+    if num_tokens is not None:
+        raise UserError("num_tokens decides the first tokens of a picture; it cannot be combined with num_frames")
+    pipeline = LongPipeline(num_frames=num_frames, overlap=overlap, **parts)
+    if plan.has_queries and isinstance(tokenizer, Causal3D):
+        tokens = overlapping_tokens(tokenizer, pipeline.overlap)
+        pipeline.next_plan = make_plan_for(generator, config | {"num_known": tokens})
+    return pipeline
+
+
+def _start_config(predict: dict[str, Any], training: dict[str, Any]) -> dict[str, Any]:
+    """A configuration of first frames whose data are named."""
+    if get_object(predict["_target_"]) is not FromData or predict.get("data") is not None:
+        return predict
+    if "data" not in training:
+        raise UserError("this release does not say what it was trained on; choose data with data@predict.data=<name>")
+    return predict | {"data": training["data"]}

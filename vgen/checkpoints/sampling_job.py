@@ -2,11 +2,22 @@
 
 from omegaconf import DictConfig, OmegaConf
 
-from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline
+from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline, read_config
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
 from vgen.sampling.pixels import PixelSettings
+
+_OPTIONAL = ("edit", "extrapolate", "num_tokens", "predict", "num_frames", "overlap")
+_USUAL_FPS, _FASTEST = 8.0, 50.0
+
+
+def frame_rate(fps: float | None, checkpoint: str) -> float:
+    """Frames per second of clips: as asked for, else those of the data the generator was trained on."""
+    if fps is not None:
+        return fps
+    data = read_config(checkpoint, "generator").get("data") or {}
+    return min(_FASTEST, data.get("fps", _USUAL_FPS))
 
 
 def sample(config: DictConfig) -> None:
@@ -30,6 +41,11 @@ def sample(config: DictConfig) -> None:
         extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
         engine=plain["engine"],
         pixels=pixels,
+        num_tokens=plain["num_tokens"],
+        text_features=plain["text_features"],
+        predict=plain.get("predict"),
+        num_frames=plain["num_frames"],
+        overlap=plain["overlap"],
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -37,10 +53,12 @@ def sample(config: DictConfig) -> None:
         "schedule": plain.get("schedule"),
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
-        **{name: plain[name] for name in ("edit", "extrapolate") if plain.get(name)},
+        **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
         **({"engine": plain["engine"]} if plain["engine"] == "compiled" else {}),
         **({"pixels": plain["pixels"]} if pixels != PixelSettings() else {}),
     }
+    if plain["text_features"] is not None:
+        identity["text_features_sha256"] = file_sha256(plain["text_features"])
     with joined(device) as peers:
         files = run_sampling(
             pipeline,
@@ -55,6 +73,7 @@ def sample(config: DictConfig) -> None:
             grid_pictures=plain["grid_pictures"],
             animated=plain["animate"],
             split_batches=plain["split_batches"],
+            fps=frame_rate(plain["fps"], plain["checkpoint"]),
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

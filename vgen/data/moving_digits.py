@@ -20,6 +20,8 @@ from vgen.random import keyed_uniform
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FPS = 10.0
+"""Frames per second at which the clips are to be shown."""
 SCAN, TOP, LEFT, SPEED, ANGLE = range(5)
 """Independent random streams of one clip."""
 
@@ -212,4 +214,4 @@ def moving_digits(
     train, val = stratified_split(labels, val_fraction, seed)
     names = tuple(str(digit) for digit in range(10))
     held_out = clips(val, train_clips, val_clips, False)
-    return DataSource("moving-digits", clips(train, 0, train_clips, fresh), held_out, 10, names, image_size)
+    return DataSource("moving-digits", clips(train, 0, train_clips, fresh), held_out, 10, names, image_size, fps=FPS)

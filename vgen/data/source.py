@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vgen.data.codes import CodeDataset
+    from vgen.data.frame_prediction import ConditionedCodes
 
 Draws = Sequence[tuple[int, int]]
 """(index into the data set, global sample counter) pairs; all augmentation is a function of (seed, counter)."""
@@ -99,6 +100,7 @@ class DataSource:
         num_classes: labels are 0..num_classes-1.
         class_names: one per class.
         image_size: side of the square pictures in pixels.
+        fps: frames per second at which clips are to be shown, None for pictures or where unknown.
     """
 
     name: str
@@ -107,6 +109,7 @@ class DataSource:
     num_classes: int
     class_names: tuple[str, ...]
     image_size: int
+    fps: float | None = None
 
     def __post_init__(self) -> None:
         assert len(self.class_names) == self.num_classes
@@ -134,8 +137,8 @@ class CodeSource:
     """
 
     name: str
-    train: "CodeDataset"
-    val: "CodeDataset"
+    train: "CodeDataset | ConditionedCodes"
+    val: "CodeDataset | ConditionedCodes"
     num_classes: int
     class_names: tuple[str, ...]
     image_size: int

@@ -261,7 +261,9 @@ def video_source(
         _cut(*split, *part, choice, options, where)
         for split, part, choice in zip((train, val), parts, choices, strict=True)
     ]
-    return DataSource(name, sets[0], sets[1].without_augmentation(), count, names, options.image_size)
+    rates = sorted(fact.fps for fact in infos if not isinstance(fact, str) and fact.fps > 0)
+    fps = rates[len(rates) // 2] / options.stride if rates else None
+    return DataSource(name, sets[0], sets[1].without_augmentation(), count, names, options.image_size, fps=fps)
 
 
 def _cut(

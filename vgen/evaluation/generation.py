@@ -79,6 +79,8 @@ class Generation:
         dtype: torch.dtype,
         schedule: dict | None,
         picture_size: int | None,
+        num_tokens: int | None,
+        text_features: str | None,
     ) -> "Generation":
         """Load a release folder and choose the labels of ``count`` samples.
 
@@ -94,8 +96,18 @@ class Generation:
             dtype: of the generator.
             schedule: configuration of the decode order, None for the one the generator was trained with.
             picture_size: side in pixels; None = as decoded.
+            num_tokens: decide only the first tokens of every sample; None = all.
+            text_features: file with the features of the captions that labels count, for a generator on text.
         """
-        pipeline = load_pipeline(folder, device=device, dtype=dtype, schedule=schedule, picture_size=picture_size)
+        pipeline = load_pipeline(
+            folder,
+            device=device,
+            dtype=dtype,
+            schedule=schedule,
+            picture_size=picture_size,
+            num_tokens=num_tokens,
+            text_features=text_features,
+        )
         requested = make_labels(labels, count or DEFAULT_SAMPLES, pipeline.num_classes, seed=settings.seed)
         identity = {
             "checkpoint_sha256": file_sha256(folder / WEIGHTS),
@@ -103,6 +115,8 @@ class Generation:
             "schedule": schedule,
             "dtype": str(dtype).removeprefix("torch."),
             "picture_size": pipeline.picture_size,
+            **({} if num_tokens is None else {"num_tokens": num_tokens}),
+            **({} if text_features is None else {"text_features_sha256": file_sha256(text_features)}),
         }
         return cls(pipeline, folder, samples, requested, labels, settings, batch_size, identity)
 
@@ -142,7 +156,8 @@ class Generation:
             "labels": self.labels_kind,
             "precision": self.identity["dtype"],
             "picture_size": self.pipeline.picture_size,
-            "forward_passes": len(self.pipeline.plan.forwards),
+            "num_tokens": self.pipeline.num_tokens or self.pipeline.plan.num_tokens,
+            "forward_passes": self.pipeline.num_passes or len(self.pipeline.plan.forwards),
             "images_per_s": origin.get("images_per_s"),
             "folder": str(self.samples),
             **asdict(self.sampling),

@@ -126,6 +126,8 @@ def _generation(config: DictConfig, settings: EvaluationSettings, folder: Path, 
         dtype=pick_dtype(config.dtype),
         schedule=_container(config.get("schedule")),
         picture_size=config.picture_size,
+        num_tokens=config.num_tokens,
+        text_features=config.text_features,
     )
 
 
@@ -145,7 +147,7 @@ def _open_samples(
 
 
 def _check_counts(config: DictConfig) -> None:
-    for key in ("num_samples", "sample_batch_size", "picture_size"):
+    for key in ("num_samples", "sample_batch_size", "picture_size", "num_tokens"):
         value = config[key]
         if value is None and key != "sample_batch_size":
             continue
@@ -168,6 +170,9 @@ def make_job(config: DictConfig, settings: EvaluationSettings, out: Path) -> Sam
     stem = out.with_suffix("")
     if pick_job(config) == "samples":
         samples, warnings = _open_samples(config, settings, source, out)
+        for key in ("num_tokens", "text_features"):
+            if config[key] is not None and not isinstance(samples, Generation):
+                raise UserError(f"{key} has no effect on stored samples; give it with checkpoint=<generator>")
         extractor = _extractor(settings, device, clips=samples.frames is not None)
         reference = open_reference(
             str(config.reference),
@@ -200,6 +205,11 @@ def _captions(
 def _reconstruction_job(
     config: DictConfig, settings: EvaluationSettings, source: DataSource | None, device: torch.device, stem: Path
 ) -> ReconstructionJob:
+    if config.num_tokens is not None or config.text_features is not None:
+        raise UserError(
+            "num_tokens and text_features are for generators; python -m benchmarks.flextok_lengths scores a tokenizer "
+            "at every length"
+        )
     where = "data.val" if config.reference in (None, "data") else str(config.reference)
     stored = config.checkpoint is None
     clips = settings.clips

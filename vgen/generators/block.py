@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.layers.attention import Attention, View
+from vgen.layers.cross_attention import CrossAttention
 from vgen.layers.drop_path import DropPath
 from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
@@ -35,12 +36,15 @@ class BlockShape:
     residual_dropout: float
     ffn_dropout: float
     ffn_inner_dropout: float | None
+    cross_attention: bool = False
 
 
 class Block(nn.Module):
     """Transformer block, pre-norm: x + attention(norm x), then x + ffn(norm x), each modulated where conditioned.
 
     Post-norm (BERT, arXiv 1810.04805): norm(x + attention(x)), then norm(x + ffn(x)).
+
+    Where there is a context, x + cross-attention(norm x) stands between the two.
 
     Args:
         shape: sizes and switches.
@@ -63,6 +67,18 @@ class Block(nn.Module):
             qk_norm=shape.qk_norm,
             norm_eps=eps,
         )
+        self.cross_norm = self.cross_attention = None
+        if shape.cross_attention:
+            self.cross_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
+            self.cross_attention = CrossAttention(
+                dim=dim,
+                heads=shape.heads,
+                dropout=shape.attention_dropout,
+                residual_dropout=shape.residual_dropout,
+                bias=shape.bias,
+                qk_norm=shape.qk_norm,
+                norm_eps=eps,
+            )
         self.ffn_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
         self.feed_forward: SwiGLU | GeluMLP
         if shape.ffn == "swiglu":
@@ -111,7 +127,12 @@ class Block(nn.Module):
             assert view.modulator is not None
             changes = self.modulation(view.modulator)
         query, key, value = before(x, view.rope, changes[:2], window)
-        return behind(x, self.attention.look(query, key, value, view, layer), changes[2:])
+        seen = self.attention.look(query, key, value, view, layer)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = x + self.drop_path(self.attention.merge(seen))
+            x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
+            return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        return behind(x, seen, changes[2:])
 
     def before(
         self, x: Tensor, rope: Tensor | None, changes: tuple[Tensor, ...], window: Tensor | None

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vgen.errors import UserError
+
 
 class ClassCondition(nn.Module):
     """One slot with a learned vector per class; the extra last row is the null class (LlamaGen section 3.2).
@@ -70,3 +72,120 @@ class TextCondition(nn.Module):
         if drop is not None:
             condition = torch.where(drop[:, None, None], self.uncond_embedding.to(condition.dtype), condition)
         return self.fc2(F.gelu(self.fc1(condition), approximate="tanh"))
+
+
+class TextContext(nn.Module):
+    """Text features that every block attends to, behind one learned slot that starts the sequence.
+
+    FlexTok's text-conditional generators (arXiv 2502.13967) as the sheet's section 7 reads their sizes. A feature of
+    zeros is padding: the projection has no bias, so it stays zero and is not attended.
+
+    Captions are given as features, or by number once :meth:`attach` has told the features of every caption; then they
+    take the place of class labels everywhere.
+
+    Args:
+        caption_dim: width of the text features, such as 2048 for T5-XL.
+        num_features: features per caption T.
+        dim: width of the generator.
+    """
+
+    num_slots = 1
+
+    def __init__(self, *, caption_dim: int, num_features: int, dim: int) -> None:
+        super().__init__()
+        self.caption_dim, self.num_features = caption_dim, num_features
+        self.start = nn.Parameter(torch.randn(1, dim) * 0.02)
+        self.null = nn.Parameter(torch.randn(1, dim) * 0.02)
+        self.fc1 = nn.Linear(caption_dim, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+        # Outside the module tree: captions are data, many of them, and stay on the CPU.
+        self._captions: list[Tensor] = []
+
+    def attach(self, features: Tensor) -> None:
+        """Tell the features of captions 0..n-1.
+
+        Args:
+            features: float [n, T, caption_dim], zeros where padded.
+
+        Raises:
+            UserError: for another shape.
+        """
+        if features.dim() != 3 or features.shape[1:] != (self.num_features, self.caption_dim):
+            raise UserError(
+                f"text features of shape {list(features.shape)} do not fit this generator, which takes [captions, "
+                f"{self.num_features}, {self.caption_dim}]"
+            )
+        self._captions = [features]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of captions attached.
+
+        Raises:
+            UserError: if there are none.
+        """
+        if not self._captions:
+            raise UserError("this generator is conditioned on text; give text_features=<safetensors file>")
+        return len(self._captions[0])
+
+    def forward(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed captions.
+
+        Args:
+            condition: float [B, T, caption_dim], or numbers of attached captions int64 [B] (their count = null).
+            drop: bool [B], captions replaced by the null vector.
+
+        Returns:
+            [B, 1 + T, dim], the learned slot, then the context.
+        """
+        if not condition.is_floating_point():
+            dropped = condition >= self.num_classes
+            drop = dropped if drop is None else drop | dropped
+            features = self._captions[0]
+            condition = features[condition.cpu().clamp(max=len(features) - 1)].to(condition.device)
+        context = self.fc2(F.gelu(self.fc1(condition.to(self.fc1.weight.dtype)), approximate="tanh"))
+        if drop is not None:
+            context = torch.where(drop[:, None, None], self.null.to(context.dtype), context)
+        return torch.cat([self.start.to(context.dtype).expand(len(context), 1, -1), context], dim=1)
+
+
+class TokenCondition(nn.Module):
+    """Tokens in front of the tokens that are generated, then a learned separator (LARP's frame prediction).
+
+    The tokens share the embedding of the generated ones; their positions are the generator's.
+
+    Args:
+        num_tokens: tokens of the condition.
+        dim: width of the generator.
+        droppable: learn a vector that replaces every token of a dropped condition, for guidance; LARP has none.
+    """
+
+    def __init__(self, *, num_tokens: int, dim: int, droppable: bool = False) -> None:
+        super().__init__()
+        self.num_slots = num_tokens + 1
+        self.separator = nn.Parameter(torch.randn(dim) * 0.02)
+        self.null = nn.Parameter(torch.randn(dim) * 0.02) if droppable else None
+
+    def forward(self, embedded: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Append the separator.
+
+        Args:
+            embedded: [B, num_tokens, dim], embedded tokens.
+            drop: bool [B], conditions that are replaced by the null vector.
+
+        Returns:
+            [B, num_slots, dim].
+
+        Raises:
+            UserError: if a condition is to be dropped and there is no null vector.
+        """
+        if drop is not None and (self.null is not None or bool(drop.any())):
+            if self.null is None:
+                raise UserError(
+                    "this generator has learned no null condition, so it cannot be guided; set "
+                    "sampling.guidance.scale=1 (and task.condition_dropout=0 in training), or train one with "
+                    "generator.condition.droppable=true"
+                )
+            embedded = torch.where(drop[:, None, None], self.null.to(embedded.dtype), embedded)
+        separator = self.separator.to(embedded.dtype).expand(len(embedded), 1, -1)
+        return torch.cat([embedded, separator], dim=1)

@@ -1,4 +1,4 @@
-"""How slots enter the network: token embeddings, learned places, directions of travel."""
+"""How slots enter the network: token embeddings, absolute positions, directions of travel."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from vgen.errors import UserError
 from vgen.layers.rope import grid_coordinates
+from vgen.layers.sincos import sincos_1d
 
 
 class CodebookEmbedding(nn.Module):
@@ -51,20 +52,44 @@ class CodebookEmbedding(nn.Module):
         return self.projection(F.embedding(ids, self.codebook))
 
 
-class LearnedPlaces(nn.Module):
-    """Learned absolute positions: a vector for the place of what a slot holds, and one for the place it predicts.
+class FixedTable(nn.Module):
+    """A table that is looked up like an embedding but never trained.
+
+    Args:
+        table: float32 [rows, dim].
+    """
+
+    weight: Tensor
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", table)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows int64 [...] of the table as [..., dim]."""
+        return F.embedding(rows, self.weight)
+
+
+class Positions(nn.Module):
+    """Absolute positions: a vector for the place of what a slot holds, and one for the place it predicts.
 
     Args:
         num_condition: condition slots C, which have places of their own in front.
         num_tokens: tokens of the grid N.
         dim: width of the generator.
         target: also learn vectors for the predicted place (RAR's target-aware embedding, arXiv 2411.00776 section 3.3).
+        last: the last place of the grid has a vector; orders that never feed its token can do without (LARP).
+        fixed: sine-cosine vectors of the places counted from the first condition slot, instead of learned ones.
     """
 
-    def __init__(self, *, num_condition: int, num_tokens: int, dim: int, target: bool) -> None:
+    def __init__(
+        self, *, num_condition: int, num_tokens: int, dim: int, target: bool, last: bool = True, fixed: bool = False
+    ) -> None:
         super().__init__()
-        self.num_condition = num_condition
-        self.own = nn.Embedding(num_condition + num_tokens, dim)
+        self.num_condition, self.num_places = num_condition, num_tokens if last else num_tokens - 1
+        rows = num_condition + self.num_places
+        self.own: nn.Embedding | FixedTable
+        self.own = FixedTable(sincos_1d(dim, torch.arange(rows)).float()) if fixed else nn.Embedding(rows, dim)
         self.target = nn.Embedding(num_tokens, dim) if target else None
 
     def forward(self, slots: Tensor, own: Tensor, target: Tensor, num_tokens: int) -> Tensor:
@@ -84,7 +109,7 @@ class LearnedPlaces(nn.Module):
         return out
 
 
-def _lookup(table: nn.Embedding, rows: Tensor, valid: Tensor) -> Tensor:
+def _lookup(table: nn.Embedding | FixedTable, rows: Tensor, valid: Tensor) -> Tensor:
     """Rows of a table, zero where not valid."""
     return table(rows.masked_fill(~valid, 0)) * valid[..., None].to(table.weight.dtype)
 

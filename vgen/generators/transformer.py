@@ -1,7 +1,8 @@
 """The one decoder-only transformer: it knows slots, not decode orders.
 
 With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
-cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, and the bidirectional networks of MaskGIT and TiTok.
+cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of
+MaskGIT and TiTok.
 """
 
 import copy
@@ -16,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
 from vgen.generators.block import Block, BlockShape
-from vgen.generators.conditioning import ClassCondition, TextCondition
-from vgen.generators.embedding import CodebookEmbedding, Directions, LearnedPlaces
+from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
+from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
 from vgen.generators.places import Places, mask_padding
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
@@ -51,7 +52,8 @@ class Transformer(nn.Module):
     Args:
         vocab_size: number of token ids V.
         grid: token grid the position tables are built for.
-        condition: module that embeds the condition (class labels or text features).
+        condition: module that embeds the condition (class labels, text features or token ids). With a ``TextContext``
+            every block attends to the text between its attention and its feed-forward layer.
         dim: width of the residual stream.
         depth: number of blocks before the first output head.
         heads: attention heads; must divide dim into an even head width.
@@ -79,7 +81,9 @@ class Transformer(nn.Module):
         rope_placeless: rotation of slots without a place: ``zero`` (published weights) or ``identity``.
         rope_axes: order in which the coordinates share the head, as numbers into (own axes, target axes); null =
             in that order.
-        positions: learned absolute positions: ``none``, ``own``, ``own_target`` (RAR).
+        positions: absolute positions: ``none``, learned ones ``own`` and ``own_target`` (RAR), or ``sincos``, a fixed
+            table over the condition slots and then the grid.
+        last_position: the last place of the grid has a position; without it (LARP) its token cannot be fed.
         adaln: what modulates the blocks, any of ``condition`` (the class vector), ``step`` (number of the slot, RAR),
             ``direction`` (move to the predicted place, DAR); empty = plain norms.
         directions: moves by number for ``adaln=[direction]``; filled in from the schedule.
@@ -111,7 +115,7 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         grid: Sequence[int],
-        condition: ClassCondition | TextCondition,
+        condition: ClassCondition | TextCondition | TextContext | TokenCondition,
         dim: int,
         depth: int,
         heads: int,
@@ -135,7 +139,8 @@ class Transformer(nn.Module):
         rope_base: float = 10000.0,
         rope_placeless: Placeless = "zero",
         rope_axes: Sequence[int] | None = None,
-        positions: Literal["none", "own", "own_target"] = "none",
+        positions: Literal["none", "own", "own_target", "sincos"] = "none",
+        last_position: bool = True,
         adaln: Sequence[AdaLNInput] = (),
         directions: Sequence[Sequence[int]] | None = None,
         codebook_dim: int | None = None,
@@ -166,7 +171,7 @@ class Transformer(nn.Module):
             qk_norm=(qk_norm, (None, "rms", "layer")),
             rope=(rope, ("own", "own_target", "none")),
             rope_placeless=(rope_placeless, ("zero", "identity")),
-            positions=(positions, ("none", "own", "own_target")),
+            positions=(positions, ("none", "own", "own_target", "sincos")),
             token_dropout_on=(token_dropout_on, ("all", "tokens")),
         )
         self.vocab_size, self.grid = vocab_size, tuple(grid)
@@ -178,6 +183,10 @@ class Transformer(nn.Module):
         _check_combinations(
             (long_skips and depth % 2 == 0, f"generator.long_skips needs an odd generator.depth, not {depth}"),
             (long_skips and num_readouts > 1, "generator.long_skips goes with schedules of one output head only"),
+            (
+                norm_position == "post" and isinstance(condition, TextContext),
+                "generator.norm_position=post has no place for cross-attention; set it to pre",
+            ),
             (norm_position == "post" and self.adaln, "generator.adaln modulates pre-norm blocks; leave it empty"),
             (ffn == "swiglu" and ffn_inner_dropout is not None, "generator.ffn_inner_dropout goes with ffn=gelu only"),
             (embedding_norm and token_dropout_on != "all", "generator.embedding_norm needs token_dropout_on=all"),
@@ -204,7 +213,15 @@ class Transformer(nn.Module):
             residual_dropout=residual_dropout,
             ffn_dropout=ffn_dropout,
             ffn_inner_dropout=ffn_inner_dropout,
+            cross_attention=isinstance(condition, TextContext),
         )
+        if isinstance(condition, TokenCondition) and (
+            positions == "none" or (rope != "none" and rope_placeless == "zero")
+        ):
+            raise UserError(
+                "a condition of tokens is told its order by generator.positions=own, and its keys must not be zeroed: "
+                "set generator.rope=none or generator.rope_placeless=identity"
+            )
         blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
         self.tok_embeddings: nn.Embedding | CodebookEmbedding
@@ -217,8 +234,13 @@ class Transformer(nn.Module):
         self.places = (
             None
             if positions == "none"
-            else LearnedPlaces(
-                num_condition=condition.num_slots, num_tokens=tokens, dim=dim, target=positions == "own_target"
+            else Positions(
+                num_condition=condition.num_slots,
+                num_tokens=tokens,
+                dim=dim,
+                target=positions == "own_target",
+                last=last_position,
+                fixed=positions == "sincos",
             )
         )
         self.steps = nn.Embedding(slots, dim) if "step" in self.adaln else None
@@ -276,6 +298,11 @@ class Transformer(nn.Module):
         return [block for block in self.layers if isinstance(block, Block)]
 
     @property
+    def num_context(self) -> int:
+        """Features beside the sequence that every block attends to."""
+        return self.condition.num_features if isinstance(self.condition, TextContext) else 0
+
+    @property
     def unknown_id(self) -> int:
         """Id to feed where a token is not known: the mask token, or any id where the slot is not read."""
         return self.vocab_size if self.mask_token else 0
@@ -316,6 +343,13 @@ class Transformer(nn.Module):
                 f"schedule '{plan.name}' has {plan.num_slots} slots, more than the {self.steps.num_embeddings} that "
                 "generator.adaln=[step] knows; leave 'step' out for orders with queries"
             )
+        if self.places is not None and self.places.num_places < plan.num_tokens:
+            fed = plan.order[plan.position[plan.position >= 0]]
+            if plan.any_order or bool((fed >= self.places.num_places).any()):
+                raise UserError(
+                    f"schedule '{plan.name}' feeds the last token of the grid, which has no position with "
+                    "generator.last_position=false; set it to true"
+                )
         if self.directions is not None:
             if plan.shuffled or plan.random_order is not None:
                 raise UserError(
@@ -334,6 +368,21 @@ class Transformer(nn.Module):
         bias = None if mask is None else additive_mask(mask, self.dtype)
         return Located(places, self.rotary(places.own, places.target), bias)
 
+    def embed_condition(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Embed what the samples are conditioned on.
+
+        Args:
+            condition: class labels int64 [B], text features [B, num_condition, caption_dim], or token ids int64
+                [B, num_condition - 1].
+            drop: bool [B], samples that get the null condition instead.
+
+        Returns:
+            [B, num_condition, dim].
+        """
+        if isinstance(self.condition, TokenCondition):
+            return self.condition(self.tok_embeddings(condition), drop)
+        return self.condition(condition, drop)
+
     def enter(
         self,
         ids: Tensor,
@@ -349,7 +398,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: int64 [B, N], tokens in order indices.
-            condition: [B, num_condition, dim], embedded condition.
+            condition: [B, num_condition + num_context, dim], embedded condition.
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
@@ -358,6 +407,13 @@ class Transformer(nn.Module):
         """
         places, rope, _ = located or self.locate(feed, order)
         modulator = self.modulator(condition, feed, places)
+        if self.num_context:
+            context = condition[:, self.num_condition :]
+            visible = context.ne(0).any(-1)
+            # An empty caption is all padding; attending to its zeros changes nothing, to nothing would be undefined.
+            seen["context_mask"] = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
+            # Passes after the one that feeds the condition find its keys and values in the cache.
+            seen["context"] = context if len(feed.conditions) else None
         return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
 
     def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
@@ -500,7 +556,7 @@ class Transformer(nn.Module):
 
         Args:
             ids: int64 [B, N], raster order.
-            condition: class labels int64 [B] or text features [B, num_condition, caption_dim].
+            condition: see :meth:`embed_condition`.
             plan: decode order.
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
@@ -522,12 +578,13 @@ class Transformer(nn.Module):
             order, read, ordered = tensors.order, tensors.read, ids[:, tensors.order]
         else:
             read, ordered = tensors.read_in_order.reordered(order.argsort(1)), ids.gather(1, order)
-        embedded = self.condition(condition, drop)
+        embedded = self.embed_condition(condition, drop)
         x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
         if flex:
             assert padding is None, "the block mask is the plan's own"
             view = replace(view, causal=False, mask=None, blocks=tensors.blocks)
         if padding is not None:
+            assert not self.num_context, "a text context marks its padding by zeros"
             slots = torch.arange(plan.num_slots, device=ids.device)
             visible = slots[None, :] <= slots[:, None]
             if not tensors.causal:
@@ -564,6 +621,7 @@ class Transformer(nn.Module):
         """
         mask = forward.mask
         if padding is not None:
+            assert not self.num_context, "a text context marks its padding by zeros"
             visible = mask
             if visible is None:
                 visible = torch.ones(forward.rows.shape[-1], forward.prefix, dtype=torch.bool, device=ids.device)
@@ -625,6 +683,8 @@ class Transformer(nn.Module):
             head_dim=self.head_dim,
             device=self.device,
             dtype=self.dtype,
+            context_heads=self.heads,
+            context_rows=self.num_context,
         )
 
 
@@ -648,13 +708,15 @@ def _check_combinations(*refused: tuple[Any, str]) -> None:
 
 def _check_adaln(
     adaln: Sequence[AdaLNInput],
-    condition: ClassCondition | TextCondition,
+    condition: ClassCondition | TextCondition | TextContext | TokenCondition,
     directions: Sequence[Sequence[int]] | None,
 ) -> tuple[AdaLNInput, ...]:
     if unknown := [name for name in adaln if name not in get_args(AdaLNInput)]:
         raise UserError(f"generator.adaln={list(adaln)}: {unknown[0]} is unknown; choose of condition, step, direction")
     if "condition" in adaln and not isinstance(condition, ClassCondition):
         raise UserError("generator.adaln=[condition] takes the class vector; this generator has no class condition")
+    if adaln and isinstance(condition, TextContext):
+        raise UserError(f"generator.adaln={list(adaln)} modulates blocks without cross-attention; leave it empty")
     if ("direction" in adaln) != (directions is not None):
         raise UserError("generator.directions lists the moves of generator.adaln=[direction]; give both or neither")
     return tuple(adaln)

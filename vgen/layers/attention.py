@@ -28,6 +28,9 @@ class View:
         rows: int64 [F] or [B, F], cache rows of the slots.
         row_start: first row if they are consecutive, else -1.
         prefix: number of visible leading cache rows.
+        context: [B, T, dim], features beside the sequence for cross-attention; None = the network has none, or their
+            keys and values are in the cache.
+        context_mask: bool [B, 1, 1, T], True = visible; None = the network has no context.
     """
 
     causal: bool
@@ -39,6 +42,8 @@ class View:
     row_start: int = -1
     prefix: int = 0
     blocks: BlockMask | None = None
+    context: Tensor | None = None
+    context_mask: Tensor | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:

@@ -15,6 +15,8 @@ class KVCache:
         head_dim: width of a head.
         device: where the buffers live.
         dtype: of the buffers.
+        context_heads: number of key-value heads of cross-attention.
+        context_rows: features beside the sequence that cross-attention sees; 0 = none.
     """
 
     def __init__(
@@ -27,12 +29,29 @@ class KVCache:
         head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        context_heads: int = 0,
+        context_rows: int = 0,
     ) -> None:
         self.buffer = torch.zeros(layers, 2, batch, heads, rows, head_dim, device=device, dtype=dtype)
+        shape = (layers, 2, batch, context_heads, context_rows, head_dim)
+        self.beside = torch.zeros(shape, device=device, dtype=dtype) if context_rows else None
 
     def narrow(self, batch: int) -> None:
         """Keep only the first samples: the guidance branch behind them is not needed any more."""
         self.buffer = self.buffer[:, :, :batch]
+        if self.beside is not None:
+            self.beside = self.beside[:, :, :batch]
+
+    def write_context(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store the keys and values [B, heads, T, head_dim] of the context, which later passes read again."""
+        assert self.beside is not None
+        self.beside[layer, 0].copy_(key)
+        self.beside[layer, 1].copy_(value)
+
+    def context(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the context, views [B, heads, T, head_dim]."""
+        assert self.beside is not None
+        return self.beside[layer, 0], self.beside[layer, 1]
 
     def write(
         self, layer: int, key: Tensor, value: Tensor, rows: Tensor, row_start: int, prefix: int

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import UserError
+from vgen.layers.sincos import sincos_3d
 from vgen.losses.vq import VQLoss
-from vgen.tokenizers.larp_transformer import FINAL_EPS, ParallelTransformer, PatchEmbed, init_linear, sincos_3d
+from vgen.tokenizers.larp_transformer import FINAL_EPS, ParallelTransformer, PatchEmbed, init_linear
 
 
 class ClipDiscriminator(nn.Module):

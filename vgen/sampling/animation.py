@@ -8,23 +8,26 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from vgen.errors import UserError
+from vgen.media import strips
 from vgen.pixels import to_uint8
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.schedules.picture import draw_passes
+from vgen.tokenizers.causal3d import Causal3D
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MOST_FRAMES, FRAME_MS, SIDE, GREY = 96, 120, 128, 200
+_STRIP = 9  # frames of a clip shown at once
 
 
 @torch.inference_mode()
 def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: Sampling, path: Path) -> Path:
     """Decode samples and write a GIF of it.
 
-    Cells that are not decided yet are grey, where tokens lie on the picture. The order shown is that of the first
-    sample. Long decodes are shown in at most 96 frames.
+    Cells that are not decided yet are grey, where tokens lie on the picture; clips are shown as strips of frames. The
+    order shown is that of the first sample. Long decodes are shown in at most 96 frames.
 
     Args:
         pipeline: what to decode with.
@@ -46,7 +49,7 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     shown = sorted({round(i * (passes - 1) / max(1, MOST_FRAMES - 1)) for i in range(MOST_FRAMES)})
     frames = []
     for number in shown:
-        pictures = _pictures(pipeline, states[number])
+        pictures = _pictures(pipeline, states[number], sample_index, sampling.seed)
         order = draw_passes(step, pipeline.plan.grid, passes=passes, until=number)
         height = max(order.height, pictures.height)
         frame = Image.new("RGB", (order.width + pictures.width + 8, height), (255, 255, 255))
@@ -61,18 +64,37 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     return path
 
 
-def _pictures(pipeline: Pipeline, ids: Tensor) -> "Image":
+def _pictures(pipeline: Pipeline, ids: Tensor, sample_index: Tensor, seed: int) -> "Image":
     """What is decided so far, as one PIL picture of a grid."""
     from PIL import Image
 
-    pixels = to_uint8(pipeline.tokenizer.decode(ids.clamp(min=0))).cpu()
-    grid = pipeline.plan.grid
-    if len(grid) == 2:
-        hidden = (ids < 0).view(-1, 1, *grid).cpu()
-        cell = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
-        hidden = hidden.repeat_interleave(cell[0], 2).repeat_interleave(cell[1], 3)
-        pixels = pixels.masked_fill(hidden, GREY)
-    scale = max(1, SIDE // pixels.shape[-1])
+    decided = int((ids[0] >= 0).sum())
+    known = ids
+    if pipeline.tokenizer.decodes_prefixes and bool((ids[:, :decided] >= 0).all()):
+        known = ids[:, :decided]
+    pixels = to_uint8(pipeline.tokenizer.decode_samples(known.clamp(min=0), sample_index.to(ids.device), seed)).cpu()
+    pixels = _greyed(pixels, (ids < 0).cpu(), pipeline)
+    columns = max(1, round(len(pixels) ** 0.5))
+    if pixels.dim() == 5:
+        pixels, columns = strips(pixels, most=_STRIP)
+    scale = max(1, (SIDE if pipeline.num_frames is None else SIDE // 2) // pixels.shape[-1])
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    sheet = make_grid(pixels, nrow=max(1, round(len(pixels) ** 0.5)), padding=4, pad_value=255)
+    sheet = make_grid(pixels, nrow=columns, padding=4, pad_value=255)
     return Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+
+
+def _greyed(pixels: Tensor, undecided: Tensor, pipeline: Pipeline) -> Tensor:
+    """Pixels uint8 with the cells of undecided tokens bool [B, N] in grey, where tokens have cells."""
+    grid, tokenizer = pipeline.plan.grid, pipeline.tokenizer
+    if len(grid) == 2:
+        undecided = undecided.view(-1, 1, *grid)
+    elif isinstance(tokenizer, Causal3D):
+        undecided = undecided.view(-1, 1, *grid)
+        # The first token frame shows one frame, every other a step of the tokenizer in time.
+        later = undecided[:, :, 1:].repeat_interleave(tokenizer.time_stride, 2)
+        undecided = torch.cat([undecided[:, :, :1], later], dim=2)
+    else:
+        return pixels
+    rows, columns = pixels.shape[-2] // grid[-2], pixels.shape[-1] // grid[-1]
+    hidden = undecided.repeat_interleave(rows, -2).repeat_interleave(columns, -1)
+    return pixels.masked_fill(hidden, GREY)

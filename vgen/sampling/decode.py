@@ -50,7 +50,7 @@ def decode(
     Args:
         generator: the network, in eval mode, on the device to decode on.
         plan: decode order; must fit the generator.
-        condition: class labels int64 [B] or text features [B, num_condition, caption_dim].
+        condition: see :meth:`vgen.generators.transformer.Transformer.embed_condition`.
         sampling: what to draw.
         sample_index: int64 [B], identity of each sample for the random numbers.
         padding: bool [B, num_condition], True = valid condition slot; null = all valid.
@@ -324,10 +324,10 @@ def _in_raster(values: Tensor, order: Tensor) -> Tensor:
 def _embed_condition(generator: Transformer, condition: Tensor, branches: int) -> Tensor:
     """Embed the condition, followed by the null condition for every further guidance branch."""
     if branches == 1:
-        return generator.condition(condition)
+        return generator.embed_condition(condition)
     drop = torch.zeros(branches * len(condition), dtype=torch.bool, device=condition.device)
     drop[len(condition) :] = True
-    return generator.condition(condition.repeat(branches, *([1] * (condition.dim() - 1))), drop)
+    return generator.embed_condition(condition.repeat(branches, *([1] * (condition.dim() - 1))), drop)
 
 
 def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: Tensor, sample_index: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ class Decoder:
         known_ids: Tensor | None = None,
         known: Tensor | None = None,
         spatial: SpatialGuidance | None = None,
+        num_passes: int | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
         """Decode token ids; arguments, result and errors as in :func:`vgen.sampling.decode.decode`."""
@@ -150,22 +151,22 @@ class Decoder:
         check_request(self.generator, self.plan, request)
         # What autocast keeps of the weights dies with its context, a recording would go on reading it.
         if not self.recorded or watch is not None or torch.is_autocast_enabled(self.generator.device.type):
-            return self._run(request, sampling, spatial, watch)
+            return self._run(request, sampling, spatial, num_passes, watch)
         shapes = tuple((name, value.shape, value.dtype) for name, value in request.tensors().items())
-        key = (shapes, replace(sampling, seed=0), spatial)
+        key = (shapes, replace(sampling, seed=0), spatial, num_passes)
         if key not in self._recordings or key in self._too_large:
             self._recordings[key] = None
-            return self._run(request, sampling, spatial)
+            return self._run(request, sampling, spatial, num_passes)
         recording = self._recordings.pop(key)
         if recording is None:
             try:
-                recording = self._make(request, sampling, spatial)
+                recording = self._make(request, sampling, spatial, num_passes)
             except torch.OutOfMemoryError:
                 self._too_large.add(key)
         if recording is None:
             # A recording holds its memory beside what else is in use; without one the batch still fits.
             self.forget()
-            return self._run(request, sampling, spatial)
+            return self._run(request, sampling, spatial, num_passes)
         self._recordings[key] = recording
         return recording.run(request)
 
@@ -177,18 +178,23 @@ class Decoder:
             with torch.cuda.device(self.generator.device):
                 torch.cuda.empty_cache()
 
-    def _make(self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None) -> Recording:
+    def _make(
+        self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None, num_passes: int | None
+    ) -> Recording:
         held = [key for key, recording in self._recordings.items() if recording is not None]
         for key in held[: max(0, len(held) + 1 - self._largest)]:
             self._recordings[key] = None
         inputs = Request(**{name: value.clone() for name, value in request.tensors().items()})
-        return Recording(inputs, self._record(lambda: self._run(inputs, sampling, spatial), self.generator.device))
+        return Recording(
+            inputs, self._record(lambda: self._run(inputs, sampling, spatial, num_passes), self.generator.device)
+        )
 
     def _run(
         self,
         request: Request,
         sampling: Sampling,
-        spatial: SpatialGuidance | None = None,
+        spatial: SpatialGuidance | None,
+        num_passes: int | None,
         watch: Watch | None = None,
     ) -> Tensor:
         return run_passes(
@@ -197,6 +203,7 @@ class Decoder:
             request,
             sampling=sampling,
             spatial=spatial,
+            num_passes=num_passes,
             located=self._places(request),
             watch=watch,
         )

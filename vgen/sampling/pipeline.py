@@ -1,4 +1,4 @@
-"""From labels to pictures: the only place where generator and tokenizer meet."""
+"""From labels or first frames to pictures and clips: the only place where generator and tokenizer meet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,16 +6,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vgen.data.video_transforms import pad_frames
 from vgen.errors import UserError
-from vgen.generators.conditioning import ClassCondition
+from vgen.generators.conditioning import ClassCondition, TextContext, TokenCondition
 from vgen.generators.transformer import Transformer
-from vgen.pixels import resize_pixels, to_uint8
+from vgen.pixels import frames_of, from_uint8, resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
 from vgen.sampling.decode import Watch
 from vgen.sampling.engine import Decoder, Engine
+from vgen.sampling.first_frames import Start
 from vgen.sampling.given import Given
 from vgen.sampling.pixels import PixelDecoder, PixelSettings
+from vgen.sampling.prefix import passes_for
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -25,17 +28,22 @@ class Pipeline:
     """A generator, the tokenizer whose ids it speaks, and the order to decode in.
 
     Args:
-        generator: class-conditional network.
-        tokenizer: turns ids into pixels.
+        generator: network conditioned on classes, on captions whose numbers then are the labels, or on the tokens of
+            first frames.
+        tokenizer: turns ids into pixels of pictures or clips.
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         given: tokens that every sample keeps; null = none.
         engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
         pixels: how the tokenizer decodes.
+        num_tokens: decide only the first tokens of every sample, for tokenizers that decode prefixes; null = all.
+        start: first frames to go on from, for a generator conditioned on them.
+        given_frames: how many of them; such a generator was trained for one number.
+        unconditional: the generator was trained without labels.
 
     Raises:
-        UserError: if vocabulary, grid or plan do not fit together, for a picture size below 1, or for an engine that is
-            not there.
+        UserError: if vocabulary, grid, plan, number of tokens or condition do not fit together, or for a picture size
+            below 1.
     """
 
     def __init__(
@@ -48,24 +56,56 @@ class Pipeline:
         given: Given | None = None,
         engine: Engine = "auto",
         pixels: PixelSettings | None = None,
+        num_tokens: int | None = None,
+        start: Start | None = None,
+        given_frames: int | None = None,
+        unconditional: bool = False,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
-        if not isinstance(generator.condition, ClassCondition):
-            raise UserError("labels-to-pictures sampling needs a class-conditional generator")
         if picture_size is not None and picture_size < 1:
             raise UserError(f"picture_size={picture_size} must be at least 1 pixel, or null")
         self.generator, self.tokenizer, self.plan = generator, tokenizer, plan
         self.picture_size = picture_size or tokenizer.image_size
-        self.num_classes = generator.condition.num_classes
-        self.given = given
+        self.num_tokens = num_tokens
+        self.num_passes = None if num_tokens is None else passes_for(num_tokens, plan, tokenizer)
+        self.given, self.start, self.unconditional = given, start, unconditional
+        self.given_frames = given_frames or 0
+        self.num_classes = self._check_condition()
         self.decoder = Decoder(generator, plan, engine=engine)
         self.pixel_decoder = PixelDecoder(tokenizer, pixels or PixelSettings())
+
+    def _check_condition(self) -> int:
+        """Number of classes of the labels."""
+        condition = self.generator.condition
+        if isinstance(condition, TokenCondition):
+            if self.start is None or not self.given_frames:
+                raise UserError(
+                    "this generator predicts how clips go on and needs their first frames; give predict=data or "
+                    "predict=video predict.file=<video>"
+                )
+            return self.start.num_classes
+        if not isinstance(condition, ClassCondition | TextContext):
+            raise UserError("labels-to-pictures sampling needs a generator conditioned on classes or captions")
+        if self.start is not None:
+            raise UserError("predict has no effect: this generator is conditioned on labels, not on first frames")
+        return condition.num_classes
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.generator.device
+
+    @property
+    def num_frames(self) -> int | None:
+        """Frames of a sample; None for pictures."""
+        return self.tokenizer.num_frames
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(H, W) of a picture or (T, H, W) of a clip, in pixels."""
+        size = (self.picture_size, self.picture_size)
+        return size if self.num_frames is None else (self.num_frames, *size)
 
     def check_labels(self, labels: Tensor) -> None:
         """Refuse labels outside 0..num_classes (num_classes asks for unconditional samples).
@@ -79,28 +119,65 @@ class Pipeline:
                 f"class label {int(bad)} is out of range: the generator knows 0..{self.num_classes - 1} "
                 f"({self.num_classes} = unconditional)"
             )
+        if self.unconditional and bool((labels != self.num_classes).any()):
+            raise UserError("this generator was trained without labels; ask for labels=unconditional")
+
+    def labels(self, kind: str, count: int, *, seed: int) -> Tensor:
+        """Labels int64 [count] of a run as in :func:`make_labels`; those of the first frames where these are given."""
+        return make_labels(kind, count, self.num_classes, seed=seed) if self.start is None else self.start.labels(count)
+
+    def first_frames(self, sample_index: Tensor) -> Tensor:
+        """The frames that samples int64 [B] go on from, float32 [B, 3, given_frames, S, S] in [-1, 1]."""
+        assert self.start is not None
+        frames = self.start.frames(sample_index.cpu(), count=self.given_frames, size=self.tokenizer.image_size)
+        return from_uint8(frames).to(self.device)
+
+    def frame_tokens(self, frames: Tensor) -> Tensor:
+        """The condition int64 [B, N] that says how a clip begins: frames float [B, 3, given_frames, S, S]."""
+        frames_of_clip = self.tokenizer.num_frames
+        assert frames_of_clip is not None
+        return self.tokenizer.encode(pad_frames(frames, frames_of_clip))
 
     def generate_ids(
         self, labels: Tensor, sample_index: Tensor, sampling: Sampling, *, watch: Watch | None = None
     ) -> Tensor:
-        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``."""
+        """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``.
+
+        With ``num_tokens`` the result is [B, num_tokens].
+        """
         self.check_labels(labels)
         given = self.given
-        return self.decoder(
-            labels.to(self.device),
+        condition = labels if self.start is None else self.frame_tokens(self.first_frames(sample_index))
+        ids = self.decoder(
+            condition.to(self.device),
             sampling=sampling,
             sample_index=sample_index.to(self.device),
             known_ids=None if given is None else given.ids.expand(len(labels), -1),
             known=None if given is None else given.known.expand(len(labels), -1),
+            num_passes=self.num_passes,
             watch=watch,
         )
+        return ids[:, : self.num_tokens]
+
+    def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Pixels float32 [B, 3, H, W] or [B, 3, T, H, W] as the tokenizer decodes them, not clamped."""
+        ids = self.generate_ids(labels, sample_index, sampling)
+        pixels = self.pixel_decoder(ids, sample_index.to(ids.device), sampling.seed)
+        if self.start is not None and self.start.paste:
+            pixels[:, :, : self.given_frames] = self.first_frames(sample_index)
+        return pixels
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
-        """Pictures uint8 [B, 3, H, W] for labels int64 [B] and sample indices int64 [B]."""
-        pixels = self.pixel_decoder(self.generate_ids(labels, sample_index, sampling))
+        """Samples for labels int64 [B] and sample indices int64 [B].
+
+        Returns:
+            uint8 [B, 3, H, W], or [B, 3, T, H, W] of a tokenizer of clips.
+        """
+        pixels = self.generate_pixels(labels, sample_index, sampling)
         if self.picture_size != pixels.shape[-1]:
-            pixels = resize_pixels(pixels, self.picture_size)
+            resized = resize_pixels(frames_of(pixels), self.picture_size)
+            pixels = resized if pixels.dim() == 4 else resized.unflatten(0, (len(pixels), -1)).transpose(1, 2)
         return to_uint8(pixels)
 
     def free_memory(self) -> None:
@@ -133,7 +210,7 @@ class SampleBatch:
     Attributes:
         index: int64 [B], sample indices.
         labels: int64 [B].
-        images: uint8 [B, 3, H, W].
+        images: uint8 [B, 3, H, W] or clips [B, 3, T, H, W].
     """
 
     index: Tensor
@@ -146,7 +223,7 @@ def make_labels(kind: str, count: int, num_classes: int, *, seed: int) -> Tensor
 
     Args:
         kind: ``balanced`` (every class equally often, in a seeded mixed order), ``random`` (uniform draws, as LlamaGen
-            and its descendants are scored), or class numbers joined by commas, repeated in turn.
+            and its descendants are scored), ``unconditional``, or class numbers joined by commas, repeated in turn.
         count: number of samples.
         num_classes: number of classes.
         seed: keys the draws.
@@ -161,10 +238,14 @@ def make_labels(kind: str, count: int, num_classes: int, *, seed: int) -> Tensor
         return (torch.arange(count) % num_classes)[keyed_permutation(count, seed, 1)]
     if kind == "random":
         return (keyed_uniform(seed, 2, torch.arange(count)) * num_classes).long()
+    if kind == "unconditional":
+        return torch.full((count,), num_classes)
     try:
         chosen = torch.tensor([int(part) for part in str(kind).split(",")])
     except ValueError as error:
-        raise UserError(f"labels={kind} must be balanced, random or class numbers such as 3 or 0,1,2") from error
+        raise UserError(
+            f"labels={kind} must be balanced, random, unconditional or class numbers such as 3 or 0,1,2"
+        ) from error
     if int(chosen.min()) < 0 or int(chosen.max()) > num_classes:
         raise UserError(f"labels={kind}: classes are 0..{num_classes - 1} ({num_classes} = unconditional)")
     return chosen[torch.arange(count) % len(chosen)]
@@ -199,7 +280,7 @@ def sample_stream(
     mine = torch.arange(rank(), len(labels), world_size())
     if done is not None:
         mine = mine[~done[mine]]
-    with progress_bar("sampling", total=len(mine), unit="img") as bar:
+    with progress_bar("sampling", total=len(mine), unit="img" if pipeline.num_frames is None else "clip") as bar:
         size, position = batch_size, 0
         while position < len(mine):
             index, images = mine[position : position + size], None

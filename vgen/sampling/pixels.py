@@ -49,11 +49,11 @@ class PixelDecoder:
             for parameter in tokenizer.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self._decode = torch.compile(tokenizer.decode, dynamic=False) if settings.compile else tokenizer.decode
+        self._decode = torch.compile(tokenizer.decode_samples) if settings.compile else tokenizer.decode_samples
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor) -> Tensor:
-        """Ids int64 [B, N] to float32 pixels as the tokenizer decodes them, contiguous."""
+    def __call__(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
+        """Pixels float32 as the tokenizer decodes them, contiguous; arguments as in ``Tokenizer.decode_samples``."""
         dtype = DTYPES[self.settings.dtype]
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self._decode(ids).float().contiguous()
+            return self._decode(ids, sample_index, seed).float().contiguous()

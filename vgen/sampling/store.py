@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,34 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UserError
+from vgen.media import save_frames, save_gif, save_mp4
 from vgen.sampling.pipeline import SampleBatch
 
-FORMATS = ("npz", "png", "both")
+PICTURE_FORMATS, CLIP_FORMATS = ("npz", "png"), ("npz", "mp4", "gif", "frames")
+
+
+def formats_of(fmt: str | Sequence[str], *, clips: bool) -> tuple[str, ...]:
+    """The formats that samples are written in.
+
+    Args:
+        fmt: one of ``npz`` (all in one archive, without loss), ``png`` (pictures), ``mp4``, ``gif`` and ``frames``
+            (clips; the last a folder of PNG files per clip), or several; ``both`` is npz and png, or npz and mp4.
+        clips: samples are clips.
+
+    Raises:
+        UserError: for a format that is unknown or not for such samples.
+    """
+    possible = CLIP_FORMATS if clips else PICTURE_FORMATS
+    chosen = possible[:2] if fmt == "both" else (fmt,) if isinstance(fmt, str) else tuple(fmt)
+    wrong = [name for name in chosen if name not in possible]
+    if wrong or not chosen:
+        what = "clips" if clips else "pictures"
+        raise UserError(f"format={fmt} is not possible for {what}; choose of {', '.join(possible)} or both")
+    return chosen
 
 
 class SampleStore:
-    """Memory-mapped pictures with a flag per finished sample.
+    """Memory-mapped pictures or clips with a flag per finished sample.
 
     A sample is flagged only after its pixels are written, so a killed run repeats at most its last batch and loses
     nothing. All disk space is reserved when the store is made.
@@ -28,9 +50,10 @@ class SampleStore:
     Args:
         folder: output folder.
         labels: int64 [num_samples].
-        image_shape: (H, W) of the pictures.
+        sample_shape: (H, W) of the pictures or (T, H, W) of the clips.
         identity: everything the samples depend on; a folder with another identity is refused.
-        fmt: ``npz``, ``png`` or ``both``.
+        fmt: see :func:`formats_of`.
+        fps: frames per second of clips in viewable files.
         create: make the files if they are absent (process 0); otherwise they must exist.
 
     Raises:
@@ -42,18 +65,18 @@ class SampleStore:
         folder: Path,
         *,
         labels: Tensor,
-        image_shape: tuple[int, int],
+        sample_shape: tuple[int, ...],
         identity: dict[str, Any],
-        fmt: str,
+        fmt: str | Sequence[str],
+        fps: float = 8.0,
         create: bool = True,
     ) -> None:
-        if fmt not in FORMATS:
-            raise UserError(f"format={fmt} is unknown; choose one of {', '.join(FORMATS)}")
-        self.folder, self.labels, self.format = folder, labels, fmt
+        self.folder, self.labels, self.fps = folder, labels, fps
+        self.formats = formats_of(fmt, clips=len(sample_shape) == 3)
         self.partial = folder / "partial"
         self.identity = {**identity, "labels_sha256": hashlib.sha256(labels.numpy().tobytes()).hexdigest()}
         self._check_identity()
-        shape = (len(labels), *image_shape, 3)
+        shape = (len(labels), *sample_shape, 3)
         if create and not self.finished:
             self._create(shape)
         if not self.finished:
@@ -103,27 +126,36 @@ class SampleStore:
             UserError: if a picture cannot be written; finished samples stay.
         """
         index = batch.index.numpy()
-        pictures = batch.images.permute(0, 2, 3, 1).contiguous().numpy()
-        self.images[index] = pictures
-        if self.format != "npz":
-            self._write_pngs(index, pictures)
+        self.images[index] = batch.images.movedim(1, -1).numpy()
+        self._write_files(batch)
         self.images.flush()
         self.flags[index] = 1
         self.flags.flush()
 
-    def _write_pngs(self, index: np.ndarray, pictures: np.ndarray) -> None:
+    def _write_sample(self, index: int, sample: Tensor) -> None:
         from PIL import Image
 
-        folder = self.folder / "images"
+        name = f"{index:06d}"
+        if "png" in self.formats:
+            (self.folder / "images").mkdir(exist_ok=True)
+            picture = sample.permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(picture).save(self.folder / "images" / f"{name}.png")
+        if "mp4" in self.formats:
+            save_mp4(sample, self.folder / "mp4" / f"{name}.mp4", fps=self.fps)
+        if "gif" in self.formats:
+            save_gif(sample, self.folder / "gif" / f"{name}.gif", fps=self.fps)
+        if "frames" in self.formats:
+            save_frames(sample, self.folder / "frames" / name)
+
+    def _write_files(self, batch: SampleBatch) -> None:
         try:
-            folder.mkdir(exist_ok=True)
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression runs outside of Python's lock
-                names = [folder / f"{int(i):06d}.png" for i in index]
-                list(pool.map(lambda name, picture: Image.fromarray(picture).save(name), names, pictures))
-        except OSError as error:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # encoders run outside of Python's lock
+                list(pool.map(self._write_sample, batch.index.tolist(), batch.images))
+        except (OSError, UserError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"{folder} cannot be written ({error.strerror}); {int(self.flags.sum())} samples are safe: free space "
-                "and repeat the command to go on"
+                f"{self.folder} cannot be written ({reason}); {int(self.flags.sum())} samples are safe: free space and "
+                "repeat the command to go on"
             ) from error
 
     def finish(self, report: dict[str, Any]) -> None:
@@ -136,7 +168,7 @@ class SampleStore:
         if missing:
             raise UserError(f"{missing} of {len(self.labels)} samples are missing in {self.folder}; repeat the command")
         try:
-            if self.format != "png":
+            if "npz" in self.formats:
                 np.save(self.partial / "labels.npy", self.labels.numpy())
                 archive = self.folder / "samples.npz"
                 with zipfile.ZipFile(archive.with_suffix(".partial"), "w", zipfile.ZIP_STORED, allowZip64=True) as file:
@@ -153,8 +185,8 @@ class SampleStore:
         shutil.rmtree(self.partial)
 
     def pictures(self, index: Tensor) -> Tensor:
-        """Pictures uint8 [n, 3, H, W] of stored samples."""
-        return torch.from_numpy(np.array(self.images[index.numpy()])).permute(0, 3, 1, 2)
+        """Stored samples as uint8 [n, 3, H, W] or [n, 3, T, H, W]."""
+        return torch.from_numpy(np.array(self.images[index.numpy()])).movedim(-1, 1)
 
 
 def grid_order(labels: Tensor, num_classes: int, limit: int) -> tuple[Tensor, int]:

@@ -28,10 +28,11 @@ def zipar(
     that predicts a row's first token is the last one of the row above, which is not known yet: it is fed a provisional
     token instead, the newest known one of the row two above (of the row above for the second row), and fed again with
     the true token in the pass after that is decided. Passes: 2 W + (H - 2) window, or W + (H - 1) window if the first
-    row overlaps; a window that spans the row is the raster order.
+    row overlaps; a window that spans the row is the raster order. On T x H x W grids frame after frame is decoded this
+    way, in T times as many passes.
 
     Args:
-        grid: token grid (H, W).
+        grid: token grid (H, W) or (T, H, W).
         num_condition: number of condition slots.
         window: tokens the row above is ahead, >= 1; the smallest number where it is adaptive.
         adaptive: the first token of a row is drawn at ``window`` and accepted only when one more token of the row above
@@ -43,29 +44,35 @@ def zipar(
         overlap_first_row: start the second row while the first is decoded (the published decoder does not).
 
     Raises:
-        UserError: for a grid that is not (H, W), a window below 1, an unknown cache mode, or an adaptive window with
-            the original's cache.
+        UserError: for a grid of another number of axes, a window below 1, an unknown cache mode, or an adaptive window
+            with the original's cache or on more than one frame.
     """
     sides = check_grid(grid, num_condition)
-    if len(sides) != 2:
-        raise UserError(f"schedule 'zipar' decodes the rows of a picture side by side; the grid {sides} is not (H, W)")
+    if len(sides) not in (2, 3):
+        raise UserError(
+            f"schedule 'zipar' decodes the rows of a picture side by side; the grid {sides} is not (H, W) or (T, H, W)"
+        )
     if window < 1:
         raise UserError(f"schedule.window={window} must be at least 1 (the number of columns or more is plain raster)")
     if cache not in ("strict", "original"):
         raise UserError(f"schedule.cache={cache} must be strict or original")
     if adaptive and cache != "strict":
         raise UserError("schedule.adaptive needs schedule.cache=strict: the original decoder has no adaptive window")
-    height, width = sides
+    frames, height, width = (1, *sides)[-3:]
+    if adaptive and frames > 1:
+        raise UserError("schedule.adaptive knows no frames; take schedule.adaptive=false on a (T, H, W) grid")
     trained = raster(grid=sides, num_condition=num_condition)
     if adaptive and window < width and height > 1:
         return _adaptive(trained, window, overlap_first_row)
-    starts = [0] + [(0 if overlap_first_row else width - window) + row * window for row in range(1, height)]
-    if window >= width or starts[-1] == (height - 1) * width:
+    rows_of_frame = [0] + [(0 if overlap_first_row else width - window) + row * window for row in range(1, height)]
+    if window >= width or rows_of_frame[-1] == (height - 1) * width:
         return replace(trained, name="zipar")
 
-    steps = [_step(index, starts, width, num_condition) for index in range(starts[-1] + width)]
+    passes = rows_of_frame[-1] + width
+    starts = [frame * passes + start for frame in range(frames) for start in rows_of_frame]
+    steps = [_step(index, starts, width, height, num_condition) for index in range(frames * passes)]
     if cache == "original":
-        rows = torch.arange(num_condition + height * width - 1)
+        rows = torch.arange(num_condition + frames * height * width - 1)
         steps = [replace(step, visible=rows <= torch.tensor(step.slots)[:, None]) for step in steps]
     return make_plan(
         name="zipar",
@@ -86,7 +93,7 @@ def zipar(
 
 def _adaptive(trained: Plan, window: int, overlap_first_row: bool) -> Plan:
     """Rows that start when their first token is accepted; the passes shown are those of a run that never rejects."""
-    height, width = trained.grid
+    height, width = trained.grid[-2:]
     rows = AdaptiveRows(height, width, window, trained.num_condition, overlap_first_row)
     shortest = zipar(
         grid=trained.grid,
@@ -97,13 +104,14 @@ def _adaptive(trained: Plan, window: int, overlap_first_row: bool) -> Plan:
     return replace(shortest, exact=False, num_rows=rows.num_rows, policy=rows)
 
 
-def _step(index: int, starts: list[int], width: int, num_condition: int) -> Step:
+def _step(index: int, starts: list[int], width: int, height: int, num_condition: int) -> Step:
     """What a pass feeds and decides.
 
     Args:
         index: number of the pass.
-        starts: pass that decides the first token of each row.
+        starts: pass that decides the first token of each row, frame by frame.
         width: tokens per row.
+        height: rows per frame.
         num_condition: number of condition slots.
     """
     columns = {row: index - start for row, start in enumerate(starts) if 0 <= index - start < width}
@@ -115,13 +123,13 @@ def _step(index: int, starts: list[int], width: int, num_condition: int) -> Step
     sources = {token: token for token in completed}
     for row, column in columns.items():
         token = row * width + column - 1
-        sources.setdefault(token, token if column > 0 else _provisional(row, starts, width))
+        sources.setdefault(token, token if column > 0 else _provisional(row, starts, width, height))
     tokens = sorted(sources)
     return Step([num_condition + token for token in tokens], targets, sources=[sources[token] for token in tokens])
 
 
-def _provisional(row: int, starts: list[int], width: int) -> int:
+def _provisional(row: int, starts: list[int], width: int, height: int) -> int:
     """The known token that stands in for the last one of the row above when a row starts."""
-    above = max(row - 2, 0)
+    above = max(row - 2, row // height * height)
     known = min(width, starts[row] - starts[above])
     return above * width + known - 1

@@ -103,6 +103,19 @@ class Tokenizer(Autoencoder):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids int64 [B, N] to float32 pixels [B, 3, H, W], not clamped."""
 
+    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
+        """Decode ids of samples; where decoding draws noise, it is keyed by (seed, sample index), not by the ids.
+
+        Args:
+            ids: int64 [B, N], or [B, k] where the tokenizer decodes prefixes.
+            sample_index: int64 [B].
+            seed: of the noise.
+
+        Returns:
+            As :meth:`decode`.
+        """
+        return self.decode(ids)
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode, quantize with a gradient path, and decode."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.errors import UserError
+from vgen.layers.sincos import sincos_1d, sincos_3d
 from vgen.tokenizers.base import Tokenizer, TokenizerOutput
 from vgen.tokenizers.larp_prior import LARPPrior
 from vgen.tokenizers.larp_quantizer import StochasticQuantizer
@@ -19,8 +20,6 @@ from vgen.tokenizers.larp_transformer import (
     ParallelTransformer,
     PatchEmbed,
     init_linear,
-    sincos_1d,
-    sincos_3d,
     unpatchify,
 )
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from vgen.data.video_transforms import first_frames
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import masked_cross_entropy, token_accuracy, token_cross_entropy
@@ -29,9 +30,10 @@ class GeneratorModule(TrainingModule):
         tokenizer: frozen tokenizer. It is kept out of the module tree, so it is neither saved nor wrapped.
         plan: decode order the generator is trained for.
         optimizer: function of (named parameters, names of matrices).
-        condition_dropout: share of samples whose condition becomes the null condition, in [0, 1).
+        condition_dropout: share of samples whose condition becomes the null condition, in [0, 1]; 1 = unconditional.
         label_smoothing: of the cross entropy, in [0, 1).
         visible_weight: weight of tokens that were not hidden, for plans that hide tokens; null = 0.1.
+        given_frames: the condition is the tokens of a clip's first frames, that many; None = its label.
         compile_network: compile the teacher-forced pass.
         attention: how a visibility that is not causal is trained: ``dense`` (a mask tensor), ``flex`` (FlexAttention,
             which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks and long sequences, otherwise
@@ -56,13 +58,14 @@ class GeneratorModule(TrainingModule):
         attention: AttentionKind = "auto",
         label_smoothing: float = 0.0,
         visible_weight: float | None = None,
+        given_frames: int | None = None,
         **shared: Any,
     ) -> None:
         super().__init__(network=generator, **shared)
         check_attention(attention, generator)
         self.attention, self.compiled = attention, compile_network
         self.plan = plan
-        self.condition_dropout = condition_dropout
+        self.condition_dropout, self.given_frames = condition_dropout, given_frames
         if visible_weight is not None and plan.masking is None:
             raise UserError(
                 f"task.visible_weight={visible_weight} has no effect: schedule '{plan.name}' hides no tokens; set it "
@@ -115,8 +118,19 @@ class GeneratorModule(TrainingModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(batch["pixels"])
 
-    def dropped(self, index: Tensor) -> Tensor:
-        """Which samples lose their condition, bool [B]; a function of (seed, epoch, image) only."""
+    def condition(self, batch: dict[str, Any]) -> Tensor:
+        """What the samples of a batch are conditioned on: labels int64 [B], or tokens int64 [B, N] of first frames."""
+        if self.given_frames is None:
+            return batch["label"]
+        if "condition" in batch:
+            return batch["condition"]
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.encode(first_frames(batch["pixels"], self.given_frames))
+
+    def dropped(self, index: Tensor) -> Tensor | None:
+        """Which samples lose their condition, bool [B], null = none; a function of (seed, epoch, image) only."""
+        if self.condition_dropout == 0:
+            return None
         return keyed_uniform(self.seed, _CONDITION_STREAM, self.current_epoch, index) < self.condition_dropout
 
     def orders(self, index: Tensor, *, share: float, epoch: int) -> Tensor:
@@ -167,14 +181,14 @@ class GeneratorModule(TrainingModule):
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
         hidden, drop = self.hidden(batch["index"], epoch=self.current_epoch), self.dropped(batch["index"])
         logits = self.generator.logits(
-            ids, batch["label"], self.plan, order=order, drop=drop, hidden=hidden, flex=self.flex
+            ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden, flex=self.flex
         )
         loss = self.loss(logits, ids, hidden)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids, hidden))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Loss and accuracy on held-out images, conditions kept, in the order that decoding uses.
+        """Loss and accuracy on held-out images, conditions kept (if training keeps any), in the order of decoding.
 
         Where decoding draws orders or training hides tokens, every image keeps one draw, so that losses can be
         compared.
@@ -182,7 +196,8 @@ class GeneratorModule(TrainingModule):
         ids = self.token_ids(batch)
         order = self.orders(batch["index"], share=1.0, epoch=0) if self.plan.shuffled else None
         hidden = self.hidden(batch["index"], epoch=0)
-        logits = self.generator.logits(ids, batch["label"], self.plan, order=order, hidden=hidden)
+        drop = torch.ones_like(batch["index"], dtype=torch.bool) if self.condition_dropout == 1 else None
+        logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden)
         loss, accuracy = self.loss(logits, ids, hidden), token_accuracy(logits, ids, hidden)
         self.sum_validation(len(ids), loss=loss, accuracy=accuracy)
 
@@ -194,7 +209,7 @@ class GeneratorModule(TrainingModule):
         """Operations of forward and backward (twice the forward) per image, counted on one real forward pass."""
         ids = self.token_ids(batch)[:1]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.generator.logits(ids, batch["label"][:1], self.plan)
+            self.generator.logits(ids, self.condition(batch)[:1], self.plan)
         return 3.0 * counter.get_total_flops()
 
 

@@ -1,17 +1,24 @@
 """Building the parts of a run from its resolved configuration."""
 
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_class
+from torch import Tensor, nn
 
 from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
+from vgen.checkpoints.text_features import read_text_features
 from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
+from vgen.data.frame_prediction import cache_conditioned_codes, check_given_frames
 from vgen.data.source import CodeSource, DataSource, ImageDataset
 from vgen.errors import UserError
+from vgen.generators.conditioning import TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.runtime import rank, world_size
 from vgen.sampling.pipeline import check_compatible
@@ -214,6 +221,7 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
+    texts = None if task["text_features"] is None else read_text_features(task["text_features"])
     network = complete_generator(
         config["generator"],
         config["schedule"],
@@ -221,10 +229,14 @@ def build_generator(config: Node) -> Parts:
         grid=tokenizer.grid,
         num_classes=source.num_classes,
         codebook_dim=tokenizer.codebook.shape[1],
+        texts=texts,
     )
     generator = make(network, "generator")
+    if texts is not None:
+        generator.condition.attach(texts)
     if isinstance(generator.tok_embeddings, CodebookEmbedding):
         generator.tok_embeddings.load_codebook(tokenizer.codebook, std=task["codebook_std"])
+    _check_condition(task, generator.condition, source, tokenizer)
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
     generator.check_plan(plan)
@@ -237,15 +249,24 @@ def build_generator(config: Node) -> Parts:
         condition_dropout=task["condition_dropout"],
         label_smoothing=task["label_smoothing"],
         visible_weight=task["visible_weight"],
+        given_frames=task["given_frames"],
         compile_network=task["compile"],
         attention=task["attention"],
         **_shared(config),
     )
-    return Parts(module, source, network, {"schedule": config["schedule"], **_extra(config, source)}, release)
+    extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}
+    return Parts(module, source, network, extra, release)
 
 
 def complete_generator(
-    generator: Node, schedule: Node, *, vocab_size: int, grid: Grid, num_classes: int, codebook_dim: int = 0
+    generator: Node,
+    schedule: Node,
+    *,
+    vocab_size: int,
+    grid: Grid,
+    num_classes: int,
+    codebook_dim: int = 0,
+    texts: Tensor | None = None,
 ) -> Node:
     """Fill in what a generator takes from its tokenizer, its data and its schedule.
 
@@ -256,6 +277,7 @@ def complete_generator(
         grid: token grid of the tokenizer.
         num_classes: classes of the data.
         codebook_dim: width of the tokenizer's codes, for ``generator.codebook_dim=auto``.
+        texts: features of the caption of every class, [num_classes, T, E], for a generator conditioned on text.
 
     Returns:
         Complete constructor arguments.
@@ -264,7 +286,15 @@ def complete_generator(
         UserError: if the configuration states another value than the part it comes from.
     """
     condition = dict(generator["condition"])
-    _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
+    kind = get_class(condition["_target_"])
+    if texts is not None and kind is not TextContext:
+        raise UserError("task.text_features has no effect on this generator; choose one such as flextok_ar_text_d12")
+    if kind is TextContext:
+        _fill_text(condition, texts, num_classes)
+    elif kind is TokenCondition:
+        _fill(condition, "num_tokens", prod(grid), "generator.condition", "the tokens of the first frames")
+    else:
+        _fill(condition, "num_classes", num_classes, "generator.condition", "the data's classes")
     network = {**generator, "condition": condition}
     _fill(network, "vocab_size", vocab_size, "generator", "the tokenizer's codebook")
     _fill(network, "grid", list(grid), "generator", "the tokenizer's token grid")
@@ -281,6 +311,17 @@ def complete_generator(
     return network
 
 
+def _fill_text(condition: Node, texts: Tensor | None, num_classes: int) -> None:
+    if texts is None or len(texts) != num_classes:
+        found = "none is given" if texts is None else f"the file has {len(texts)} captions"
+        raise UserError(
+            f"this generator is conditioned on text: task.text_features must name a safetensors file with the features "
+            f"of one caption for each of the {num_classes} classes of the data; {found}"
+        )
+    _fill(condition, "num_features", texts.shape[1], "generator.condition", "task.text_features")
+    _fill(condition, "caption_dim", texts.shape[2], "generator.condition", "task.text_features")
+
+
 def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
     stated = node.get(name)
     if stated is not None and stated != value:
@@ -294,10 +335,11 @@ def training_data(config: Node, parts: Parts, device: torch.device) -> Source:
     if task["name"] != "generator" or isinstance(parts.source, CodeSource) or not task["cache_codes"]:
         return parts.source
     assert isinstance(module, GeneratorModule)
-    source, augmentation = parts.source, task["cache_augmentation"]
+    source, augmentation, given_frames = parts.source, task["cache_augmentation"], task["given_frames"]
     tokenizer = tokenizer_fingerprint(module.tokenizer)
     name = f"{source.name}-{source.train.fingerprint()[:8]}-{tokenizer[:12]}-{augmentation}"
-    return cache_codes(
+    cache = cache_codes if given_frames is None else partial(cache_conditioned_codes, given_frames=given_frames)
+    return cache(
         source,
         module.tokenizer,
         Path(config["paths"]["cache"]) / "codes" / name,
@@ -327,6 +369,8 @@ def _shared(config: Node) -> dict[str, Any]:
 
 def _extra(config: Node, source: Source) -> Node:
     data = {"name": source.name, "num_classes": source.num_classes, "class_names": list(source.class_names)}
+    if isinstance(source, DataSource) and source.fps is not None:
+        data["fps"] = source.fps
     training = {name: config[name] for name in ("data", "task", "seed")}
     training["max_steps"] = config["trainer"]["max_steps"]
     return {"data": data, "training": training}
@@ -343,6 +387,26 @@ def _check_image_size(source: DataSource, tokenizer: Autoencoder) -> None:
         raise UserError(
             f"the data are {what} but tokenizer.num_frames={tokenizer.num_frames}; choose data and tokenizer of one "
             "kind and length"
+        )
+
+
+def _check_condition(task: Node, condition: nn.Module, source: Source, tokenizer: Tokenizer) -> None:
+    """Frame prediction: the network, the task and the data must all know of it."""
+    given_frames = task["given_frames"]
+    if (given_frames is not None) != isinstance(condition, TokenCondition):
+        raise UserError(
+            "frame prediction takes both condition@generator.condition=frames and task.given_frames=<number>; give "
+            "both or neither"
+        )
+    if given_frames is None or not isinstance(condition, TokenCondition):
+        return
+    check_given_frames(tokenizer, given_frames)
+    if isinstance(source, CodeSource):
+        raise UserError("data=codes does not hold the codes of first frames; frame prediction needs the clips as data")
+    if task["condition_dropout"] > 0 and condition.null is None:
+        raise UserError(
+            f"task.condition_dropout={task['condition_dropout']} needs a null condition; set "
+            "generator.condition.droppable=true, or task.condition_dropout=0"
         )
 
 

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from vgen.media import strips
 from vgen.pixels import save_grid, to_uint8
+from vgen.sampling.first_frames import FromClips
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.training.callbacks import Metrics, StepCallback
@@ -32,7 +34,8 @@ class Pictures(StepCallback):
         folder: where PNG files go.
         every: optimizer steps between two grids.
         count: originals per grid, or samples per class.
-        originals: pixels [count, 3, H, W] or [count, 3, T, H, W] in [-1, 1] (tokenizers).
+        originals: pixels [count, 3, H, W] or [count, 3, T, H, W] in [-1, 1] (tokenizers; frame prediction goes on from
+            their first frames).
         sampling: how to sample (generators).
         metrics: whose clock is stopped meanwhile.
     """
@@ -86,12 +89,32 @@ class Pictures(StepCallback):
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
-        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan, engine="eager")
+        parts: dict[str, Any] = {
+            "generator": module.generator,
+            "tokenizer": module.tokenizer,
+            "plan": module.plan,
+            "engine": "eager",
+        }
+        if module.given_frames is not None:
+            return self._predict(module, parts)
+        pipeline = Pipeline(**parts)
         columns = min(_MOST_CLASSES, pipeline.num_classes)
         chosen = torch.arange(columns) * pipeline.num_classes // columns
+        if module.condition_dropout == 1:
+            chosen = torch.full((columns,), pipeline.num_classes)
         labels = chosen.repeat(self.count)
         pictures = pipeline.generate(labels, torch.arange(len(labels)), self.sampling)
         return strips(pictures) if pictures.dim() == 5 else (pictures, columns)
+
+    def _predict(self, module: GeneratorModule, parts: dict[str, Any]) -> tuple[Tensor, int]:
+        """Every clip above how the generator goes on from its first frames."""
+        assert self.originals is not None
+        clips = to_uint8(self.originals)
+        index = torch.arange(len(clips))
+        start = FromClips(clips, torch.zeros_like(index))
+        pipeline = Pipeline(**parts, start=start, given_frames=module.given_frames)
+        predicted = pipeline.generate(torch.zeros_like(index), index, self.sampling).cpu()
+        return strips(torch.stack([clips, predicted], dim=1).flatten(0, 1))
 
     @staticmethod
     def _log(trainer: pl.Trainer, path: Path, step: int) -> None:

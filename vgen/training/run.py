@@ -187,7 +187,7 @@ def _callbacks(config: Node, parts: Parts, run_dir: Path, metrics: Metrics, devi
     callbacks: list[pl.Callback] = [FiniteCheck(folder, every=(every["log"], every["checkpoint"])), metrics]
     if every["pictures"]:
         originals = None
-        if parts.module.task != "generator":
+        if parts.module.task != "generator" or getattr(parts.module, "given_frames", None) is not None:
             count = min(config["pictures"], len(parts.source.val))
             originals = torch.stack([parts.source.val[index]["pixels"] for index in range(count)])
         sampling = make(config["sampling"], "sampling")

@@ -124,12 +124,17 @@ def _check_generator(config: Node) -> None:
     for group in ("generator", "schedule"):
         if config[group] is None:
             raise UserError(f"task=generator needs {group}=<name> (python train.py --help lists them)")
-    if not 0 <= task["condition_dropout"] < 1:
-        raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1)")
+    if not 0 <= task["condition_dropout"] <= 1:
+        raise UserError(f"task.condition_dropout={task['condition_dropout']} must lie in [0, 1]")
     if not 0 <= task["label_smoothing"] < 1:
         raise UserError(f"task.label_smoothing={task['label_smoothing']} must lie in [0, 1)")
     if task["visible_weight"] is not None and not 0 <= task["visible_weight"] <= 1:
         raise UserError(f"task.visible_weight={task['visible_weight']} must lie in [0, 1], or be null")
+    if config["score"]["every_epochs"] or config["score"]["every_steps"]:
+        if task["given_frames"] is not None:
+            raise UserError("score cannot give first frames; score frame prediction with sample.py and evaluate.py")
+        if task["condition_dropout"] == 1 and config["score"]["labels"] != "unconditional":
+            raise UserError("task.condition_dropout=1 trains without labels; set score.labels=unconditional")
 
 
 def run_folder(config: Node) -> Path:

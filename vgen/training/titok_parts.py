@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from vgen.checkpoints.convert import load_strict, read_weights
 from vgen.checkpoints.release import WEIGHTS, load_tokenizer, read_config
+from vgen.checkpoints.text_features import read_text_features
 from vgen.errors import UserError
 from vgen.tokenizers.base import Autoencoder
 from vgen.tokenizers.proxy import ProxyTokenizer
@@ -116,10 +116,9 @@ def load_text_features(path: str | None, tokenizer: Autoencoder, num_classes: in
         return None
     if not length:
         raise UserError("task.text_features has no effect on a tokenizer with text_length=0; leave it out")
-    content = read_weights(path)
-    features = content.get("features") if isinstance(content, dict) else None
-    if not isinstance(features, torch.Tensor) or features.shape != (num_classes, length, dim):
-        found = list(features.shape) if isinstance(features, torch.Tensor) else "nothing"
+    features = read_text_features(path)
+    if features.shape != (num_classes, length, dim):
+        found = list(features.shape)
         raise UserError(f"task.text_features={path} must hold features [{num_classes}, {length}, {dim}], found {found}")
     return features
 
