@@ -14,8 +14,8 @@ from vgen.checkpoints.larp import read_published
 from vgen.checkpoints.release import build
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
+from vgen.schedules.catalog import load_plan
 from vgen.schedules.plan import Plan
-from vgen.schedules.raster import raster
 
 POSITIONS, OUR_POSITIONS = "abs_pe", "places.own.weight"
 _TOKENS, _SEPARATOR = "tok_embeddings.weight", "condition.separator"
@@ -103,7 +103,7 @@ def generator_arguments(config: Mapping[str, Any], plan: Plan, *, last_position:
 
 def plan_of(config: Mapping[str, Any]) -> Plan:
     """The raster plan of a LARP generator: N tokens in one row behind the condition."""
-    return raster(grid=(config["max_seq_len"],), num_condition=config.get("cls_token_num", 1))
+    return load_plan("raster", (config["max_seq_len"],), {"num_condition": config.get("cls_token_num", 1)})
 
 
 def load_larp_ar(path: str | Path) -> tuple[Transformer, dict[str, Any], Plan]:

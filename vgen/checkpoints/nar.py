@@ -16,7 +16,7 @@ from vgen.checkpoints.larp_ar import (
 from vgen.checkpoints.release import build
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
-from vgen.schedules.neighboring import neighboring
+from vgen.schedules.catalog import load_plan
 from vgen.schedules.plan import Plan
 
 # Head 0 predicts the right neighbour; head 1, behind one more block, the one below.
@@ -76,7 +76,7 @@ def load_nar(generator: Transformer, path: str | Path) -> None:
 
 def video_plan_of(config: Mapping[str, Any]) -> Plan:
     """The plan of a video generator: three heads over its nominal grid (T, H, W)."""
-    return neighboring(grid=config["latent_shape"], num_condition=config.get("cls_token_num", 1))
+    return load_plan("neighboring", tuple(config["latent_shape"]), {"num_condition": config.get("cls_token_num", 1)})
 
 
 def load_nar_video(path: str | Path) -> tuple[Transformer, dict[str, Any], Plan]:
