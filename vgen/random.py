@@ -8,7 +8,7 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 
 
-def _mix(x: Tensor) -> Tensor:
+def _mix(x: Tensor | int) -> Tensor | int:
     """One round of a 32-bit integer finaliser, kept in int64 so that it runs alike on every device."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK32
@@ -27,14 +27,16 @@ def keyed_uniform(*keys: Tensor | int) -> Tensor:
     """
     tensors = [k for k in keys if isinstance(k, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
-    high = torch.full((), 0x243F6A88, dtype=torch.int64, device=device)
-    low = torch.full((), 0x85A308D3, dtype=torch.int64, device=device)
+    # Plain integers are mixed on the host: no copy to the device, which a CUDA graph could not hold.
+    high: Tensor | int = 0x243F6A88
+    low: Tensor | int = 0x85A308D3
     for key in keys:
-        key = torch.as_tensor(key, dtype=torch.int64, device=device)
+        if isinstance(key, Tensor):
+            key = key.to(device, torch.int64)
         high = _mix((high + (key & _MASK32) + 0x9E3779B9) & _MASK32)
         low = _mix((low ^ high) + (key >> 32) & _MASK32)
         high = _mix((high + low * 0x9E3779B1) & _MASK32)
-    return (high * 65536 + (low >> 16)).double() / 2.0**48
+    return torch.as_tensor(high * 65536 + (low >> 16)).double() / 2.0**48
 
 
 def keyed_permutation(length: int, *keys: int) -> Tensor:

@@ -44,3 +44,11 @@ def test_rotation_is_float32_and_keeps_the_dtype():
     out = rotate(x, rope_table((2, 2), 8)[:4])
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), rotate(x.float(), rope_table((2, 2), 8)[:4]), atol=0.02, rtol=0.02)
+
+
+def test_the_form_for_compilers_computes_the_same():
+    x, table = torch.randn(2, 3, 9, 8), rope_table((3, 3), 8)[:9]
+    compiled = torch.compile(rotate, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, table), rotate(x, table), atol=1e-6, rtol=1e-6)
+    table = table.expand(2, -1, -1, -1)
+    torch.testing.assert_close(compiled(x, table), rotate(x, table), atol=1e-6, rtol=1e-6)

@@ -151,3 +151,48 @@ def test_grid_has_one_column_per_class():
     assert columns == 3
     assert labels[index].tolist() == [0, 1, 2, 0, 1, 2]
     assert grid_order(torch.zeros(9, dtype=torch.int64), 3, 4)[0].tolist() == [0, 1, 2, 3]
+
+
+class SmallMemory:
+    """A pipeline whose batches fit up to a size."""
+
+    def __init__(self, pipeline, largest):
+        self.pipeline, self.largest, self.sizes, self.freed = pipeline, largest, [], 0
+
+    def __getattr__(self, name):
+        return getattr(self.pipeline, name)
+
+    def generate(self, labels, index, sampling):
+        self.sizes.append(len(labels))
+        if len(labels) > self.largest:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.pipeline.generate(labels, index, sampling)
+
+    def free_memory(self):
+        self.freed += 1
+
+
+def test_batches_that_do_not_fit_are_refused_with_a_size_that_does(pipeline, tmp_path):
+    with pytest.raises(UserError, match=r"batch_size=11 does not fit in memory, batch_size=3 does"):
+        run(SmallMemory(pipeline, 3), tmp_path / "a", batch_size=11)
+    with pytest.raises(UserError, match="a single sample"):
+        run(SmallMemory(pipeline, 0), tmp_path / "b")
+
+
+def test_batches_that_do_not_fit_are_split_when_asked(pipeline, tmp_path):
+    run(pipeline, tmp_path / "whole")
+    small = SmallMemory(pipeline, 3)
+    run(small, tmp_path / "split", batch_size=11, split_batches=True)
+    assert small.sizes == [11, 6, 3, 3, 3, 2]
+    assert small.freed == 2
+    one, two = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("whole", "split"))
+    assert np.array_equal(one, two)
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(pipeline, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(pipeline, "generate", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run(pipeline, tmp_path / "a")

@@ -22,11 +22,13 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import TextContext
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
+from vgen.sampling.engine import Engine
 from vgen.sampling.extrapolate import ExtrapolatingPipeline, Extrapolation
 from vgen.sampling.first_frames import FromData
 from vgen.sampling.given import Edit
 from vgen.sampling.long_clips import LongPipeline, overlapping_tokens
 from vgen.sampling.pipeline import Pipeline
+from vgen.sampling.pixels import PixelSettings
 from vgen.schedules.catalog import decodable
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.autoencoder_kl import AutoencoderKL
@@ -232,13 +234,15 @@ def load_pipeline(
     predict: dict[str, Any] | None = None,
     num_frames: int | None = None,
     overlap: int | None = None,
+    engine: Engine = "auto",
+    pixels: PixelSettings | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
     Args:
         folder: release of a generator, with its tokenizer inside.
         device: where to run.
-        dtype: of the generator; the tokenizer stays in float32.
+        dtype: of the generator; the tokenizer's weights stay in float32.
         schedule: schedule configuration to decode with; null = the one the generator was trained with.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         edit: picture of which a part is kept; null = none.
@@ -250,6 +254,8 @@ def load_pipeline(
             ``data: null`` in it means the data the generator was trained on.
         num_frames: frames of clips longer than trained; null = as trained.
         overlap: see :class:`vgen.sampling.long_clips.LongPipeline`.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -286,6 +292,8 @@ def load_pipeline(
             fine_plan=build(config | fine)(grid=finer_grid, num_condition=generator.num_condition),
             extrapolation=extrapolation,
             picture_size=picture_size,
+            engine=engine,
+            pixels=pixels,
         )
     given = None if edit is None else edit.given(tokenizer)
     if given is not None and plan.has_queries:
@@ -301,6 +309,8 @@ def load_pipeline(
         "num_tokens": num_tokens,
         "start": None if predict is None else build(_start_config(predict, training)),
         "given_frames": document.get("given_frames"),
+        "engine": engine,
+        "pixels": pixels,
         "unconditional": training.get("task", {}).get("condition_dropout") == 1,
     }
     if num_frames is None:

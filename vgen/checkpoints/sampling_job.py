@@ -6,6 +6,7 @@ from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline,
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.job import run_sampling
+from vgen.sampling.pixels import PixelSettings
 
 _OPTIONAL = ("edit", "extrapolate", "num_tokens", "predict", "num_frames", "overlap")
 _USUAL_FPS, _FASTEST = 8.0, 50.0
@@ -29,6 +30,7 @@ def sample(config: DictConfig) -> None:
     assert isinstance(plain, dict)
     device = pick_device(plain["device"])
     sampling = build(plain["sampling"])
+    pixels = PixelSettings(**plain["pixels"])
     pipeline = load_pipeline(
         plain["checkpoint"],
         device=device,
@@ -42,6 +44,8 @@ def sample(config: DictConfig) -> None:
         predict=plain.get("predict"),
         num_frames=plain["num_frames"],
         overlap=plain["overlap"],
+        engine=plain["engine"],
+        pixels=pixels,
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -50,6 +54,8 @@ def sample(config: DictConfig) -> None:
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
         **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
+        **({"engine": plain["engine"]} if plain["engine"] == "compiled" else {}),
+        **({"pixels": plain["pixels"]} if pixels != PixelSettings() else {}),
     }
     if plain["text_features"] is not None:
         identity["text_features_sha256"] = file_sha256(plain["text_features"])
@@ -67,6 +73,7 @@ def sample(config: DictConfig) -> None:
             grid_pictures=plain["grid_pictures"],
             animated=plain["animate"],
             fps=frame_rate(plain["fps"], plain["checkpoint"]),
+            split_batches=plain["split_batches"],
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

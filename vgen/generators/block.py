@@ -1,7 +1,8 @@
 """The transformer block."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,18 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.post_norm = shape.norm_position == "post"
+        self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+
+    def compile_decoding(self) -> None:
+        """Compile what lies before and behind the attention of a decoding pass, for any number of slots.
+
+        The attention itself stays out: its prefix has another length in every pass.
+        """
+        options: dict[str, Any] = {"emulate_precision_casts": True}
+        self._compiled = (
+            torch.compile(self.before, dynamic=True, options=options),
+            torch.compile(self.behind, dynamic=True, options=options),
+        )
 
     def forward(self, x: Tensor, view: View, layer: int, skipped: Tensor | None = None) -> Tensor:
         """Map x [B, F, dim]; ``layer`` indexes the cache in the view, ``skipped`` is like x."""
@@ -103,13 +116,59 @@ class Block(nn.Module):
         if self.post_norm:
             x = self.attention_norm(x + self.drop_path(self.attention(x, view, layer)))
             return self.ffn_norm(x + self.drop_path(self.feed_forward(x)))
-        if self.modulation is None:
-            x = x + self.drop_path(self.attention(self.attention_norm(x), view, layer))
-            if self.cross_attention is not None and self.cross_norm is not None:
-                x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
+        window, before, behind = None, self.before, self.behind
+        if view.cache is not None:
+            if view.row_start >= 0:
+                window = view.cache.window(layer, view.row_start, x.shape[1])
+            if self._compiled is not None:
+                before, behind = self._compiled
+        changes: tuple[Tensor, ...] = ()
+        if self.modulation is not None:
+            assert view.modulator is not None
+            changes = self.modulation(view.modulator)
+        query, key, value = before(x, view.rope, changes[:2], window)
+        seen = self.attention.look(query, key, value, view, layer)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x = x + self.drop_path(self.attention.merge(seen))
+            x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
-        assert view.modulator is not None
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(view.modulator)
-        seen = self.attention(self.attention_norm(x) * (1 + scale1) + shift1, view, layer)
-        x = x + self.drop_path(gate1 * seen)
+        return behind(x, seen, changes[2:])
+
+    def before(
+        self, x: Tensor, rope: Tensor | None, changes: tuple[Tensor, ...], window: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Norm, projection and rotation.
+
+        Args:
+            x: [B, F, dim].
+            rope: see :class:`vgen.layers.attention.View`.
+            changes: shift and scale of the norm, or nothing.
+            window: cache rows [2, B, heads, F, head_dim] that take keys and values; None = they are returned.
+
+        Returns:
+            Queries, keys and values [B, heads, F, head_dim], the last two None where they were written.
+        """
+        normal = self.attention_norm(x)
+        if changes:
+            normal = normal * (1 + changes[1]) + changes[0]
+        query, key, value = self.attention.project(normal, rope)
+        if window is None:
+            return query, key, value
+        window[0].copy_(key)
+        window[1].copy_(value)
+        return query, None, None
+
+    def behind(self, x: Tensor, seen: Tensor, changes: tuple[Tensor, ...]) -> Tensor:
+        """Output projection of what the attention saw, residual sum and feed-forward layer.
+
+        Args:
+            x: [B, F, dim].
+            seen: [B, F, heads * head_dim].
+            changes: gate of the attention, shift, scale and gate of the feed-forward layer, or nothing.
+        """
+        if not changes:
+            x = x + self.drop_path(self.attention.merge(seen))
+            return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        gate1, shift2, scale2, gate2 = changes
+        x = x + self.drop_path(gate1 * self.attention.merge(seen))
         return x + self.drop_path(gate2 * self.feed_forward(self.ffn_norm(x) * (1 + scale2) + shift2))

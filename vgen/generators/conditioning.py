@@ -33,7 +33,7 @@ class ClassCondition(nn.Module):
             [B, num_slots, dim], the class last.
         """
         if drop is not None:
-            condition = torch.where(drop, self.num_classes, condition)
+            condition = condition.masked_fill(drop, self.num_classes)
         embedded = self.embedding_table(condition).unsqueeze(1)
         if self.prefix is None:
             return embedded

@@ -111,7 +111,7 @@ class Positions(nn.Module):
 
 def _lookup(table: nn.Embedding | FixedTable, rows: Tensor, valid: Tensor) -> Tensor:
     """Rows of a table, zero where not valid."""
-    return table(torch.where(valid, rows, 0)) * valid[..., None].to(table.weight.dtype)
+    return table(rows.masked_fill(~valid, 0)) * valid[..., None].to(table.weight.dtype)
 
 
 class Directions(nn.Module):
@@ -152,4 +152,4 @@ class Directions(nn.Module):
         for axis, side in enumerate(self.grid):
             index = index * (2 * side - 1) + move[..., axis] + side - 1
         somewhere = (own < prod(self.grid)) & (target < prod(self.grid))
-        return torch.where(somewhere, self.numbers[index], 0)
+        return self.numbers[index].masked_fill(~somewhere, 0)

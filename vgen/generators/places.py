@@ -30,7 +30,7 @@ class Places:
 
         def look_up(index: Tensor) -> Tensor:
             if index.dim() == 2 and table.dim() == 2:
-                return table.gather(1, torch.where(index < 0, order.shape[-1], index))
+                return table.gather(1, index.masked_fill(index < 0, order.shape[-1]))
             return table[..., index]
 
         return Places(look_up(feed.position), look_up(feed.target), look_up(feed.queries))

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from vgen.generators.block import Block, BlockShape
 from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
 from vgen.generators.places import Places, mask_padding
-from vgen.layers.attention import View
+from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
@@ -30,6 +30,20 @@ from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
 AdaLNInput = Literal["condition", "step", "direction"]
+
+
+class Located(NamedTuple):
+    """What slots take from their places and their visibility alone, so that a plan's passes can be prepared once.
+
+    Attributes:
+        places: raster positions.
+        rope: rotary rows; None = none.
+        bias: visibility as a summand of the attention scores, [F, prefix]; None = as the pass says.
+    """
+
+    places: Places
+    rope: Tensor | None
+    bias: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -265,6 +279,11 @@ class Transformer(nn.Module):
         for block in self.layers:
             block.compile()
 
+    def compile_decoding(self) -> None:
+        """Compile every block for decoding, in place; sums of bfloat16 products may round differently from then on."""
+        for block in self._blocks():
+            block.compile_decoding()
+
     @property
     def num_condition(self) -> int:
         """Condition slots at the start of every sequence."""
@@ -274,6 +293,14 @@ class Transformer(nn.Module):
     def num_context(self) -> int:
         """Features beside the sequence that every block attends to."""
         return self.condition.num_features if isinstance(self.condition, TextContext) else 0
+
+    @property
+    def drops_attention(self) -> bool:
+        """Whether training drops attention weights."""
+        return any(block.attention.dropout > 0 for block in self._blocks())
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.layers if isinstance(block, Block)]
 
     @property
     def unknown_id(self) -> int:
@@ -350,8 +377,22 @@ class Transformer(nn.Module):
             return self.condition(self.tok_embeddings(condition), drop)
         return self.condition(condition, drop)
 
+    def locate(self, feed: Feed, order: Tensor, mask: Tensor | None = None) -> Located:
+        """What the slots of a feed take from their places and a mask bool [F, P]; arguments as in :meth:`enter`."""
+        places = Places.of(feed, order)
+        bias = None if mask is None else additive_mask(mask, self.dtype)
+        return Located(places, self.rotary(places.own, places.target), bias)
+
     def enter(
-        self, ids: Tensor, condition: Tensor, feed: Feed, order: Tensor, *, blank: Tensor | None = None, **seen: Any
+        self,
+        ids: Tensor,
+        condition: Tensor,
+        feed: Feed,
+        order: Tensor,
+        *,
+        blank: Tensor | None = None,
+        located: Located | None = None,
+        **seen: Any,
     ) -> tuple[Tensor, View]:
         """Embedded slots [B, F, dim] and what the blocks need to know of them.
 
@@ -361,10 +402,11 @@ class Transformer(nn.Module):
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            located: what :meth:`locate` gives, if it is known already.
             seen: further fields of :class:`vgen.layers.attention.View`: visibility and cache.
         """
-        places = Places.of(feed, order)
-        rope, modulator = self.rotary(places.own, places.target), self.modulator(condition, feed, places)
+        places, rope, _ = located or self.locate(feed, order)
+        modulator = self.modulator(condition, feed, places)
         if self.num_context:
             context = condition[:, self.num_condition :]
             visible = context.ne(0).any(-1)
@@ -507,6 +549,7 @@ class Transformer(nn.Module):
         order: Tensor | None = None,
         drop: Tensor | None = None,
         padding: Tensor | None = None,
+        flex: bool = False,
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Teacher-forced logits of every token.
@@ -518,6 +561,8 @@ class Transformer(nn.Module):
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
             drop: bool [B], samples whose condition is replaced by the null condition.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
+            flex: FlexAttention under the plan's block mask instead of a dense mask; neither padding nor dropout of
+                attention weights can be had with it.
             hidden: bool [B, N], raster order, tokens replaced by the mask token, for plans with one; null = none.
 
         Returns:
@@ -535,6 +580,9 @@ class Transformer(nn.Module):
             read, ordered = tensors.read_in_order.reordered(order.argsort(1)), ids.gather(1, order)
         embedded = self.embed_condition(condition, drop)
         x, view = self.enter(ordered, embedded, tensors.feed, order, causal=tensors.causal, mask=tensors.mask)
+        if flex:
+            assert padding is None, "the block mask is the plan's own"
+            view = replace(view, causal=False, mask=None, blocks=tensors.blocks)
         if padding is not None:
             assert not self.num_context, "a text context marks its padding by zeros"
             slots = torch.arange(plan.num_slots, device=ids.device)
@@ -554,6 +602,7 @@ class Transformer(nn.Module):
         *,
         padding: Tensor | None = None,
         blank: Tensor | None = None,
+        located: Located | None = None,
     ) -> Tensor:
         """One pass of the decoding loop.
 
@@ -565,6 +614,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier passes, written to; None for plans that need none.
             padding: bool [B, num_condition], True = valid condition slot; null = all valid.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            located: what :meth:`locate` gives for the pass, if it is known already.
 
         Returns:
             float32 [B, D, V], logits of the targets of the pass.
@@ -576,12 +626,15 @@ class Transformer(nn.Module):
             if visible is None:
                 visible = torch.ones(forward.rows.shape[-1], forward.prefix, dtype=torch.bool, device=ids.device)
             mask = mask_padding(visible, padding, forward.rows)
+        elif located is not None and located.bias is not None:
+            mask = located.bias
         x, view = self.enter(
             ids,
             condition,
             forward.feed,
             order,
             blank=blank,
+            located=located,
             causal=False,
             mask=mask,
             cache=cache,

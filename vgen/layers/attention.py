@@ -1,9 +1,12 @@
 """Multi-head self-attention with rotary codes; the one attention call of the project."""
 
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vgen.layers.cache import KVCache
 from vgen.layers.modulation import Modulator
@@ -17,7 +20,8 @@ class View:
 
     Attributes:
         causal: lower-triangular visibility without a mask tensor.
-        mask: bool [F, P] or [B, 1, F, P], True = visible; None = everything (or causal).
+        mask: bool [F, P] or [B, 1, F, P], True = visible, or its :func:`additive_mask`; None = everything (or causal).
+        blocks: block-sparse form of the mask, for FlexAttention; None = ``causal`` and ``mask`` decide.
         rope: float32 [F, head_dim / 2, 2] or [B, F, head_dim / 2, 2]; None = queries and keys are not rotated.
         modulator: conditioning of adaptive layer norms; None = the network has none.
         cache: cache to write to and attend over; None for teacher forcing.
@@ -39,6 +43,7 @@ class View:
     prefix: int = 0
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    blocks: BlockMask | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:
@@ -59,6 +64,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
     )
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask bool [F, P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does either again."""
+    columns = mask.shape[-1]
+    rows = torch.zeros(len(mask), -(-columns // 8) * 8, dtype=dtype, device=mask.device)
+    return rows[:, :columns].masked_fill_(~mask, float("-inf"))
+
+
+def attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:
+    """The same function under a block mask (FlexAttention, arXiv 2412.05496); shapes as in :func:`attend`.
+
+    On a GPU the kernel is compiled; on the CPU it runs as plain tensor operations, for inference only.
+    """
+    call = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    return call(query, key, value, block_mask=blocks, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class Attention(nn.Module):
@@ -101,18 +127,36 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
         """Attend from x [B, F, dim]; ``layer`` indexes the cache."""
+        return self.merge(self.look(*self.project(x, view.rope), view, layer))
+
+    def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
-        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
-        query, key, value = (
-            part.view(batch, fed, -1, self.head_dim).transpose(1, 2) for part in self.wqkv(x).split(sizes, dim=-1)
-        )
+        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim).transpose(1, 2)
+        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
-        if view.rope is not None:
-            query, key = rotate(query, view.rope), rotate(key, view.rope)
-        if view.cache is not None:
+            query, key = both.split([self.heads, self.kv_heads], dim=1)
+            both = torch.cat([self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)], dim=1)
+        if rope is not None:
+            both = rotate(both, rope)
+        query, key = both.split([self.heads, self.kv_heads], dim=1)
+        return query, key, value
+
+    def look(self, query: Tensor, key: Tensor | None, value: Tensor | None, view: View, layer: int) -> Tensor:
+        """What the slots see, [B, F, heads * head_dim]; without keys and values those of the cache, already written."""
+        if key is None or value is None:
+            assert view.cache is not None
+            key, value = view.cache.visible(layer, view.prefix)
+        elif view.cache is not None:
             assert view.rows is not None
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, causal=view.causal, mask=view.mask, dropout=dropout)
-        return self.residual_dropout(self.wo(out.transpose(1, 2).reshape(batch, fed, -1)))
+        if view.blocks is not None:
+            out = attend_blocks(query, key, value, view.blocks)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = attend(query, key, value, causal=view.causal, mask=view.mask, dropout=dropout)
+        return out.transpose(1, 2).flatten(2)
+
+    def merge(self, seen: Tensor) -> Tensor:
+        """Output projection of what :meth:`look` returned, [B, F, dim]."""
+        return self.residual_dropout(self.wo(seen))

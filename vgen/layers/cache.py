@@ -77,4 +77,12 @@ class KVCache:
                 store.scatter_(2, rows[:, None, :, None].expand_as(new), new.to(store.dtype))
             else:
                 store.index_copy_(2, rows, new.to(store.dtype))
+        return self.visible(layer, prefix)
+
+    def window(self, layer: int, row_start: int, count: int) -> Tensor:
+        """Consecutive rows of the keys and values of a layer, a view [2, B, heads, count, head_dim] to write to."""
+        return self.buffer[layer, :, :, :, row_start : row_start + count]
+
+    def visible(self, layer: int, prefix: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the leading rows, views [B, heads, prefix, head_dim]."""
         return self.buffer[layer, 0, :, :, :prefix], self.buffer[layer, 1, :, :, :prefix]

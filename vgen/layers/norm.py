@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 NormKind = Literal["rms", "layer"]
 
@@ -26,8 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dim]; the output has the dtype of x times that of the weight."""
-        wide = x.float()
-        normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).type_as(x)
+        normal = F.rms_norm(x, x.shape[-1:], None, self.eps).type_as(x)
         return normal if self.weight is None else normal * self.weight
 
 

@@ -1,13 +1,14 @@
 """The one decoding loop: it walks the passes of a plan and knows no order by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vgen.errors import UserError
-from vgen.generators.transformer import Transformer
+from vgen.generators.transformer import Located, Transformer
 from vgen.random import keyed_uniform
 from vgen.sampling.filters import filter_logits
 from vgen.sampling.noise import KeyedNoise, Noise
@@ -70,16 +71,122 @@ def decode(
     Raises:
         UserError: if the plan does not fit the generator, or the known tokens do not fit the plan.
     """
+    request = Request.make(
+        condition, seed=sampling.seed, sample_index=sample_index, padding=padding, known_ids=known_ids, known=known
+    )
+    if order is not None:
+        request = replace(request, order=order)
+    check_request(generator, plan, request)
+    return run_passes(
+        generator,
+        plan,
+        request,
+        sampling=sampling,
+        spatial=spatial,
+        num_passes=num_passes,
+        noise=noise,
+        trace=trace,
+        watch=watch,
+    )
+
+
+@dataclass(frozen=True)
+class Request:
+    """What differs from batch to batch of one decoding, as tensors on the device of the network.
+
+    Attributes:
+        seed: int64 scalar; stands in for the seed of the sampling settings.
+        condition: see :func:`decode`, like the following.
+        sample_index: int64 [B].
+        padding: bool [B, num_condition].
+        known_ids: int64 [B, N].
+        known: bool [B, N]; given together with known_ids.
+        order: int64 [B, N].
+    """
+
+    seed: Tensor
+    condition: Tensor
+    sample_index: Tensor
+    padding: Tensor | None = None
+    known_ids: Tensor | None = None
+    known: Tensor | None = None
+    order: Tensor | None = None
+
+    @staticmethod
+    def make(
+        condition: Tensor,
+        *,
+        seed: int,
+        sample_index: Tensor,
+        padding: Tensor | None = None,
+        known_ids: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> "Request":
+        """Bring everything to the device of the condition."""
+        if known_ids is None or known is None:
+            known = known_ids = None
+        device = condition.device
+        number = torch.full((), seed, dtype=torch.int64, device=device)
+        return Request(number, condition, sample_index.to(device), padding, known_ids, known)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are set, by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def check_request(generator: Transformer, plan: Plan, request: Request) -> None:
+    """Refuse what the network or the plan does not allow.
+
+    Raises:
+        UserError: if the plan does not fit the generator, or the known tokens do not fit the plan.
+    """
     generator.check_plan(plan)
     assert not generator.training, "decode needs generator.eval()"
-    assert order is None or plan.any_order, "an order per sample needs a plan of any order"
+    assert request.order is None or plan.any_order, "an order per sample needs a plan of any order"
+    _check_known(plan, request.known)
+
+
+@torch.inference_mode()
+def run_passes(
+    generator: Transformer,
+    plan: Plan,
+    request: Request,
+    *,
+    sampling: Sampling,
+    spatial: SpatialGuidance | None = None,
+    num_passes: int | None = None,
+    located: Sequence[Located] | None = None,
+    noise: Noise | None = None,
+    trace: Trace | None = None,
+    watch: Watch | None = None,
+) -> Tensor:
+    """The loop itself: :func:`decode` of a checked request, its seed instead of that of ``sampling``.
+
+    For a plan without a policy it launches the same kernels whatever the request holds and never waits for the device,
+    so that it can be recorded as a CUDA graph.
+
+    Args:
+        generator: the network.
+        plan: decode order.
+        request: what to decode.
+        sampling: what to draw.
+        spatial: see :func:`decode`, like the following.
+        num_passes: stop after this many passes.
+        located: per pass, what :meth:`Transformer.locate` gives for it, where the batch shares one order.
+        noise: see :func:`decode`, like the following.
+        trace: called after every pass.
+        watch: called after every pass.
+
+    Returns:
+        int64 [B, N], raster order.
+    """
+    condition, sample_index, padding = request.condition, request.sample_index, request.padding
+    known, known_ids, seed = request.known, request.known_ids, request.seed
     device, batch, total = condition.device, len(condition), plan.num_tokens
-    sample_index = sample_index.to(device)
-    if known_ids is None or known is None:
-        known = known_ids = None
+    order = request.order
     if order is None:
-        order = decoding_order(plan, sampling.seed, sample_index, known)
-    _check_known(plan, known)
+        order = decoding_order(plan, seed, sample_index, known)
 
     # The last column takes what run-time passes write for lanes that decide nothing.
     ids = torch.full((batch, total + 1), -1, dtype=torch.int64, device=device)
@@ -89,7 +196,7 @@ def decode(
         ids[:, : plan.num_known] = fixed[:, : plan.num_known]
         if plan.masking is not None:
             ids = torch.where(given, fixed, ids)
-    noise = KeyedNoise(sampling.seed, sample_index, order) if noise is None else noise
+    noise = KeyedNoise(seed, sample_index, order) if noise is None else noise
 
     course = _course(plan, batch, device, noise, None if known is None else given[:, :total])
     by_pass = sampling.guidance.along == "passes"
@@ -97,8 +204,8 @@ def decode(
     visited = range(len(weights) - 1) if by_pass or plan.policy is not None else plan.decided_before()[:num_passes]
     last_guided = max((moment for moment in visited if weights[moment] != 1.0), default=-1)
     branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
-    blank = None if spatial is None else _blank(given[:, :total], spatial, order, sampling.seed, sample_index)
-    by_moment = torch.tensor(weights, device=device)
+    blank = None if spatial is None else _blank(given[:, :total], spatial, order, seed, sample_index)
+    by_moment = None if plan.policy is None else torch.tensor(weights, device=device)
 
     embedded = _embed_condition(generator, condition, branches)
     if padding is not None:
@@ -128,9 +235,15 @@ def decode(
             cache,
             padding=None if padding is None else padding[: live * batch],
             blank=blank,
+            located=None if located is None else located[index],
         )
         if live > 1:
-            weight = weights[moment] if isinstance(moment, int) else by_moment[moment][:, None, None]
+            weight: float | Tensor
+            if isinstance(moment, int):
+                weight = weights[moment]
+            else:
+                assert by_moment is not None
+                weight = by_moment[moment][:, None, None]
             share = decided / total if isinstance(decided, int) else 0.0
             logits = _guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
         if trace is not None:
@@ -147,18 +260,20 @@ def decode(
     return _in_raster(ids[:, :total], order).clamp(min=0)
 
 
-def decoding_order(plan: Plan, seed: int, sample_index: Tensor, known: Tensor | None = None) -> Tensor:
+def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: Tensor | None = None) -> Tensor:
     """Raster position of every order index, int64 [N], or [B, N] where the plan draws an order per sample.
 
     Args:
         plan: decode order.
-        seed: keys the draws.
+        seed: keys the draws, a number or an int64 scalar.
         sample_index: int64 [B].
         known: bool [B, N], raster order; given tokens come first in plans of any order.
     """
     order = plan.on(sample_index.device).order
     if plan.shuffled:
-        order = keyed_uniform(seed, _ORDER_STREAM, sample_index[:, None], torch.arange(len(order))).argsort(1)
+        order = keyed_uniform(
+            seed, _ORDER_STREAM, sample_index[:, None], torch.arange(len(order), device=order.device)
+        ).argsort(1)
     if plan.any_order and known is not None:
         order = order.expand(len(known), -1)
         order = order.gather(1, (~known.gather(1, order)).long().argsort(dim=1, stable=True))
@@ -215,7 +330,7 @@ def _embed_condition(generator: Transformer, condition: Tensor, branches: int) -
     return generator.embed_condition(condition.repeat(branches, *([1] * (condition.dim() - 1))), drop)
 
 
-def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: int, sample_index: Tensor) -> Tensor:
+def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: Tensor, sample_index: Tensor) -> Tensor:
     """Given tokens hidden from the third branch, bool [3 B, N] in the order of decoding."""
     hidden = keyed_uniform(seed, _BLANK_STREAM, sample_index[:, None], order).masked_fill(~given, 2.0)
     count = (given.sum(1, keepdim=True) * spatial.hidden).round()

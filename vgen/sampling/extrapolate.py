@@ -7,8 +7,10 @@ from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
-from vgen.sampling.decode import Watch, decode
+from vgen.sampling.decode import Watch
+from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.pipeline import Pipeline
+from vgen.sampling.pixels import PixelSettings
 from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
@@ -52,6 +54,8 @@ class ExtrapolatingPipeline(Pipeline):
         fine_plan: order of the fine grid, its first tokens given.
         extrapolation: settings.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
+        engine: see :class:`vgen.sampling.pipeline.Pipeline`, like the following.
+        pixels: how the tokenizer decodes.
 
     Raises:
         UserError: if the order cannot ask for tokens by position, or the parts do not fit together.
@@ -66,6 +70,8 @@ class ExtrapolatingPipeline(Pipeline):
         fine_plan: Plan,
         extrapolation: Extrapolation,
         picture_size: int | None = None,
+        engine: Engine = "auto",
+        pixels: PixelSettings | None = None,
     ) -> None:
         if not (plan.has_queries and fine_plan.has_queries and plan.any_order):
             raise UserError(
@@ -73,8 +79,16 @@ class ExtrapolatingPipeline(Pipeline):
                 f"for '{plan.name}'"
             )
         fine = generator.refined(extrapolation.factor, boundary=extrapolation.boundary)
-        super().__init__(generator=fine, tokenizer=tokenizer, plan=fine_plan, picture_size=picture_size)
+        super().__init__(
+            generator=fine,
+            tokenizer=tokenizer,
+            plan=fine_plan,
+            picture_size=picture_size,
+            engine=engine,
+            pixels=pixels,
+        )
         self.coarse, self.coarse_plan, self.extrapolation = generator, plan, extrapolation
+        self.coarse_decoder = Decoder(generator, plan, engine=engine)
 
     def generate_ids(
         self, labels: Tensor, sample_index: Tensor, sampling: Sampling, *, watch: Watch | None = None
@@ -82,11 +96,9 @@ class ExtrapolatingPipeline(Pipeline):
         """Decode ids int64 [B, N factor^2]; arguments as in the base class, ``watch`` sees the fine grid."""
         self.check_labels(labels)
         labels, sample_index = labels.to(self.device), sample_index.to(self.device)
-        coarse = decode(self.coarse, self.coarse_plan, labels, sampling=sampling, sample_index=sample_index)
+        coarse = self.coarse_decoder(labels, sampling=sampling, sample_index=sample_index)
         ids, known = spread(coarse, self.coarse_plan.grid, self.extrapolation.factor)
-        return decode(
-            self.generator,
-            self.plan,
+        return self.decoder(
             labels,
             sampling=sampling,
             sample_index=sample_index,
@@ -95,6 +107,11 @@ class ExtrapolatingPipeline(Pipeline):
             spatial=self.extrapolation.spatial,
             watch=watch,
         )
+
+    def free_memory(self) -> None:
+        """See the base class."""
+        super().free_memory()
+        self.coarse_decoder.forget()
 
 
 def spread(ids: Tensor, grid: tuple[int, ...], factor: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from vgen.sampling.animation import animate
 from vgen.sampling.pipeline import Pipeline, sample_stream
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, formats_of, grid_order
+from vgen.sampling.writer import BackgroundWriter
 
 ANIMATION = "decode.gif"
 _MOST_STRIPS = 20  # clips on a contact sheet
@@ -46,6 +47,7 @@ def run_sampling(
     grid_pictures: int,
     animated: int = 0,
     fps: float = 8.0,
+    split_batches: bool = False,
 ) -> list[Path]:
     """Sample, store and draw a grid; of clips a contact sheet ``grid.png`` and ``grid.gif``, ``grid.mp4`` in motion.
 
@@ -62,6 +64,7 @@ def run_sampling(
         grid_pictures: pictures on the grid; 0 = none.
         animated: samples whose decoding is shown in ``decode.gif``; 0 = none.
         fps: frames per second of clips in viewable files, at most 50.
+        split_batches: halve batches that do not fit in memory.
 
     Returns:
         The files written.
@@ -96,8 +99,12 @@ def run_sampling(
     if not store.finished:
         before = int(store.done.sum())
         start = time.perf_counter()
-        for batch in sample_stream(pipeline, wanted, sampling, batch_size=batch_size, done=store.done):
-            store.write(batch)
+        stream = sample_stream(
+            pipeline, wanted, sampling, batch_size=batch_size, done=store.done, split_batches=split_batches
+        )
+        with BackgroundWriter(store.write) as writer:
+            for batch in stream:
+                writer.put(batch)
         peers.barrier()
         if peers.rank == 0:
             seconds = time.perf_counter() - start

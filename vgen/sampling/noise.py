@@ -34,12 +34,12 @@ class KeyedNoise:
     """Numbers keyed by (seed, sample, raster position), and by trial and stream where a position needs several.
 
     Args:
-        seed: of the samples.
+        seed: of the samples, a number or an int64 scalar.
         sample_index: int64 [B].
         order: int64 [N] or [B, N], raster position of every order index.
     """
 
-    def __init__(self, seed: int, sample_index: Tensor, order: Tensor) -> None:
+    def __init__(self, seed: int | Tensor, sample_index: Tensor, order: Tensor) -> None:
         self._seed, self._sample, self._order = seed, sample_index[:, None], order
         first = keyed_uniform(seed, self._sample, order)
         # The last column is for lanes of run-time passes that decide nothing.

@@ -13,9 +13,11 @@ from vgen.generators.transformer import Transformer
 from vgen.pixels import frames_of, from_uint8, resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
 from vgen.runtime import progress_bar, rank, world_size
-from vgen.sampling.decode import Watch, decode
+from vgen.sampling.decode import Watch
+from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.first_frames import Start
 from vgen.sampling.given import Given
+from vgen.sampling.pixels import PixelDecoder, PixelSettings
 from vgen.sampling.prefix import passes_for
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
@@ -36,10 +38,12 @@ class Pipeline:
         start: first frames to go on from, for a generator conditioned on them.
         given_frames: how many of them; such a generator was trained for one number.
         unconditional: the generator was trained without labels.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
-        UserError: if vocabulary, grid, plan, number of tokens or condition do not fit together, or for a picture size
-            below 1.
+        UserError: if vocabulary, grid, plan, number of tokens or condition do not fit together, for a picture size
+            below 1, or for an engine that is not there.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Pipeline:
         start: Start | None = None,
         given_frames: int | None = None,
         unconditional: bool = False,
+        engine: Engine = "auto",
+        pixels: PixelSettings | None = None,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)
@@ -66,6 +72,8 @@ class Pipeline:
         self.given, self.start, self.unconditional = given, start, unconditional
         self.given_frames = given_frames or 0
         self.num_classes = self._check_condition()
+        self.decoder = Decoder(generator, plan, engine=engine)
+        self.pixel_decoder = PixelDecoder(tokenizer, pixels or PixelSettings())
 
     def _check_condition(self) -> int:
         """Number of classes of the labels."""
@@ -140,9 +148,7 @@ class Pipeline:
         self.check_labels(labels)
         given = self.given
         condition = labels if self.start is None else self.frame_tokens(self.first_frames(sample_index))
-        ids = decode(
-            self.generator,
-            self.plan,
+        ids = self.decoder(
             condition.to(self.device),
             sampling=sampling,
             sample_index=sample_index.to(self.device),
@@ -156,7 +162,7 @@ class Pipeline:
     def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pixels float32 [B, 3, H, W] or [B, 3, T, H, W] as the tokenizer decodes them, not clamped."""
         ids = self.generate_ids(labels, sample_index, sampling)
-        pixels = self.tokenizer.decode_samples(ids, sample_index.to(ids.device), sampling.seed)
+        pixels = self.pixel_decoder(ids, sample_index.to(ids.device), sampling.seed)
         if self.start is not None and self.start.paste:
             pixels[:, :, : self.given_frames] = self.first_frames(sample_index)
         return pixels
@@ -173,6 +179,10 @@ class Pipeline:
             resized = resize_pixels(frames_of(pixels), self.picture_size)
             pixels = resized if pixels.dim() == 4 else resized.unflatten(0, (len(pixels), -1)).transpose(1, 2)
         return to_uint8(pixels)
+
+    def free_memory(self) -> None:
+        """Give the device's memory back that only makes the next batch faster."""
+        self.decoder.forget()
 
 
 def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:
@@ -248,6 +258,7 @@ def sample_stream(
     *,
     batch_size: int,
     done: Tensor | None = None,
+    split_batches: bool = False,
 ) -> Iterator[SampleBatch]:
     """Generate this process's share of the samples, batch by batch.
 
@@ -259,16 +270,41 @@ def sample_stream(
         sampling: settings.
         batch_size: samples per batch.
         done: bool [num_samples], samples to skip because an earlier run finished them.
+        split_batches: halve batches that do not fit in memory.
 
     Raises:
-        UserError: for a label out of range, before any work.
+        UserError: for a label out of range, before any work; for batches that do not fit in memory unless they may be
+            split, naming a size that fits.
     """
     pipeline.check_labels(labels)
     mine = torch.arange(rank(), len(labels), world_size())
     if done is not None:
         mine = mine[~done[mine]]
     with progress_bar("sampling", total=len(mine), unit="img" if pipeline.num_frames is None else "clip") as bar:
-        for index in mine.split(batch_size):
-            images = pipeline.generate(labels[index], index, sampling).cpu()
+        size, position = batch_size, 0
+        while position < len(mine):
+            index, images = mine[position : position + size], None
+            try:
+                images = pipeline.generate(labels[index], index, sampling).cpu()
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+            if images is None:
+                # Outside of the handler, whose traceback would keep the failed batch alive.
+                pipeline.free_memory()
+                if len(index) == 1:
+                    raise UserError("a single sample does not fit in memory; use dtype=bfloat16 or a larger device")
+                size = (len(index) + 1) // 2
+                continue
+            if size < batch_size and not split_batches:
+                raise UserError(
+                    f"batch_size={batch_size} does not fit in memory, batch_size={size} does (found by halving); set "
+                    "that, or split_batches=true to have batches split as needed"
+                )
+            position += len(index)
             bar.update(len(index))
             yield SampleBatch(index, labels[index], images)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

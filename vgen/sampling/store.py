@@ -6,6 +6,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,22 +132,26 @@ class SampleStore:
         self.flags[index] = 1
         self.flags.flush()
 
-    def _write_files(self, batch: SampleBatch) -> None:
+    def _write_sample(self, index: int, sample: Tensor) -> None:
+        """One sample, uint8 [3, H, W] or [3, T, H, W], in every format of single files."""
         from PIL import Image
 
+        name = f"{index:06d}"
+        if "png" in self.formats:
+            (self.folder / "images").mkdir(exist_ok=True)
+            picture = sample.permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(picture).save(self.folder / "images" / f"{name}.png")
+        if "mp4" in self.formats:
+            save_mp4(sample, self.folder / "mp4" / f"{name}.mp4", fps=self.fps)
+        if "gif" in self.formats:
+            save_gif(sample, self.folder / "gif" / f"{name}.gif", fps=self.fps)
+        if "frames" in self.formats:
+            save_frames(sample, self.folder / "frames" / name)
+
+    def _write_files(self, batch: SampleBatch) -> None:
         try:
-            for i, sample in zip(batch.index.tolist(), batch.images, strict=True):
-                name = f"{i:06d}"
-                if "png" in self.formats:
-                    (self.folder / "images").mkdir(exist_ok=True)
-                    picture = sample.permute(1, 2, 0).contiguous().numpy()
-                    Image.fromarray(picture).save(self.folder / "images" / f"{name}.png")
-                if "mp4" in self.formats:
-                    save_mp4(sample, self.folder / "mp4" / f"{name}.mp4", fps=self.fps)
-                if "gif" in self.formats:
-                    save_gif(sample, self.folder / "gif" / f"{name}.gif", fps=self.fps)
-                if "frames" in self.formats:
-                    save_frames(sample, self.folder / "frames" / name)
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression runs outside of Python's lock
+                list(pool.map(self._write_sample, batch.index.tolist(), batch.images))
         except (OSError, UserError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(

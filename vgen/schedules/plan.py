@@ -12,6 +12,7 @@ in order indices, so that an order drawn per sample only replaces ``order``.
 import math
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from vgen.schedules.masking import Masking
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from vgen.schedules.course import Policy
 
 Grid = tuple[int, ...]
@@ -332,6 +335,8 @@ class DevicePlan:
         causal: the visibility is lower triangular, so no mask tensor is needed.
         mask: bool [S, S], or None when causal or when everything is visible.
         forwards: the passes.
+        level_q: int64 [S].
+        level_k: int64 [S].
     """
 
     order: Tensor
@@ -341,6 +346,20 @@ class DevicePlan:
     causal: bool
     mask: Tensor | None
     forwards: tuple[Forward, ...]
+    level_q: Tensor
+    level_k: Tensor
+
+    @cached_property
+    def blocks(self) -> "BlockMask":
+        """The visibility as a block mask for FlexAttention, any batch and number of heads."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return self.level_k[key] <= self.level_q[query]
+
+        slots = len(self.level_q)
+        with torch.inference_mode(False):
+            return create_block_mask(visible, None, None, slots, slots, device=self.level_q.device)
 
     @staticmethod
     def build(plan: Plan, device: torch.device) -> "DevicePlan":
@@ -359,4 +378,6 @@ class DevicePlan:
             causal=causal,
             mask=None if causal or bool(visible.all()) else visible.to(device),
             forwards=tuple(forward.to(device) for forward in plan.forwards),
+            level_q=plan.level_q.to(device),
+            level_k=plan.level_k.to(device),
         )

@@ -1,6 +1,6 @@
 """Training of a generator on token ids, given or encoded on the fly by a frozen tokenizer."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
+AttentionKind = Literal["auto", "dense", "flex"]
+# Slots; at 256 the mask was 3 % faster (H200, benchmarks/RESULTS.md): blocks of 128 leave too little to skip.
+FLEX_FROM = 1024
 _CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM, _SHARE_STREAM, _HIDE_STREAM = 102, 103, 104, 105, 106
 VISIBLE_WEIGHT = 0.1
 
@@ -32,6 +35,9 @@ class GeneratorModule(TrainingModule):
         visible_weight: weight of tokens that were not hidden, for plans that hide tokens; null = 0.1.
         given_frames: the condition is the tokens of a clip's first frames, that many; None = its label.
         compile_network: compile the teacher-forced pass.
+        attention: how a visibility that is not causal is trained: ``dense`` (a mask tensor), ``flex`` (FlexAttention,
+            which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks and long sequences, otherwise
+            dense.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
 
     Raises:
@@ -49,12 +55,15 @@ class GeneratorModule(TrainingModule):
         optimizer: MakeOptimizer,
         condition_dropout: float,
         compile_network: bool,
+        attention: AttentionKind = "auto",
         label_smoothing: float = 0.0,
         visible_weight: float | None = None,
         given_frames: int | None = None,
         **shared: Any,
     ) -> None:
         super().__init__(network=generator, **shared)
+        check_attention(attention, generator)
+        self.attention, self.compiled = attention, compile_network
         self.plan = plan
         self.condition_dropout, self.given_frames = condition_dropout, given_frames
         if visible_weight is not None and plan.masking is None:
@@ -85,6 +94,18 @@ class GeneratorModule(TrainingModule):
         """Move the tokenizer, which Lightning does not see."""
         super().on_fit_start()
         self.tokenizer.to(self.device)
+        if self.attention == "flex" and self.device.type != "cuda":
+            raise UserError("task.attention=flex trains on a GPU only; use task.attention=auto or dense")
+
+    @property
+    def flex(self) -> bool:
+        """Whether training steps run FlexAttention; validation, with its odd batch, keeps the mask."""
+        if self.attention == "auto":
+            long = self.plan.num_slots >= FLEX_FROM
+            wanted = long and self.compiled and not self.generator.drops_attention
+        else:
+            wanted = self.attention == "flex"
+        return wanted and self.device.type == "cuda" and not self.plan.on(self.device).causal
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One optimizer over the generator."""
@@ -159,7 +180,9 @@ class GeneratorModule(TrainingModule):
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
         hidden, drop = self.hidden(batch["index"], epoch=self.current_epoch), self.dropped(batch["index"])
-        logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden)
+        logits = self.generator.logits(
+            ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden, flex=self.flex
+        )
         loss = self.loss(logits, ids, hidden)
         self.record(loss=loss, accuracy=token_accuracy(logits, ids, hidden))
         return loss
@@ -188,3 +211,18 @@ class GeneratorModule(TrainingModule):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             self.generator.logits(ids, self.condition(batch)[:1], self.plan)
         return 3.0 * counter.get_total_flops()
+
+
+def check_attention(attention: str, generator: Transformer) -> None:
+    """Refuse a kind of attention that cannot train a network.
+
+    Raises:
+        UserError: for an unknown kind, or FlexAttention with dropout of attention weights.
+    """
+    if attention not in get_args(AttentionKind):
+        raise UserError(f"task.attention={attention} is unknown; choose one of {', '.join(get_args(AttentionKind))}")
+    if attention == "flex" and generator.drops_attention:
+        raise UserError(
+            "task.attention=flex cannot drop attention weights; set generator.attention_dropout=0 or "
+            "task.attention=dense"
+        )

@@ -251,6 +251,7 @@ def build_generator(config: Node) -> Parts:
         visible_weight=task["visible_weight"],
         given_frames=task["given_frames"],
         compile_network=task["compile"],
+        attention=task["attention"],
         **_shared(config),
     )
     extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}

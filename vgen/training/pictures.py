@@ -92,7 +92,7 @@ class Pictures(StepCallback):
         parts: dict[str, Any] = {"generator": module.generator, "tokenizer": module.tokenizer, "plan": module.plan}
         if module.given_frames is not None:
             return self._predict(module, parts)
-        pipeline = Pipeline(**parts)
+        pipeline = Pipeline(engine="eager", **parts)
         columns = min(_MOST_CLASSES, pipeline.num_classes)
         chosen = torch.arange(columns) * pipeline.num_classes // columns
         if module.condition_dropout == 1:

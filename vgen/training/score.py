@@ -279,7 +279,7 @@ class Score(StepCallback):
             yield from self._samples(module)
 
     def _samples(self, module: GeneratorModule) -> Iterator[PictureBatch]:
-        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan)
+        pipeline = Pipeline(generator=module.generator, tokenizer=module.tokenizer, plan=module.plan, engine="eager")
         count = self.settings.samples
         labels = make_labels(self.settings.labels, count, pipeline.num_classes, seed=self.seed)
         mine = torch.tensor(list(self._processes.share(count)), dtype=torch.int64)

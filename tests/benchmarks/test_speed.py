@@ -1,0 +1,75 @@
+"""Counted bytes and operations, and the speed benchmarks at tiny sizes."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import decode as decode_benchmark
+from benchmarks import end_to_end
+from benchmarks import train as train_benchmark
+from benchmarks.cost import Ceilings, decoding_cost, training_flops
+from benchmarks.networks import make_generator, make_plan
+from vgen.sampling.engine import Decoder
+from vgen.sampling.settings import Guidance, Sampling
+
+H200 = Ceilings(bytes_per_s=4.22e12, flops_per_s=805e12)
+
+
+@pytest.mark.parametrize(
+    ("order", "grid", "size", "forwards", "latency_ms", "images_per_s"),
+    [
+        ("raster", 16, "L", 256, 79, 509),
+        ("neighboring", 16, "L", 31, 10, 1510),
+        ("parallel-4", 16, "L", 67, 20, 1190),
+        ("parallel-16", 16, "L", 31, 10, 1849),  # the issue says 1,600
+        ("zipar-8", 16, "L", 144, 44, 770),
+        ("raster", 24, "XL", 576, 335, 60),
+    ],
+)
+def test_bounds_agree_with_an_independent_count(order, grid, size, forwards, latency_ms, images_per_s):
+    """Figures counted by someone else with the same ceilings, but for the one that is marked."""
+    plan = make_plan(order, (grid, grid))
+    generator = make_generator(size, plan, device=torch.device("meta"), dtype=torch.bfloat16)
+    one = decoding_cost(generator, plan, 1)
+    assert one.forwards == forwards
+    assert one.seconds(H200) * 1e3 == pytest.approx(latency_ms, rel=0.08)
+    many = decoding_cost(generator, plan, 512)
+    assert 512 / (many.cache / H200.bytes_per_s + many.flops / H200.flops_per_s) == pytest.approx(
+        images_per_s, rel=0.08
+    )
+
+
+@pytest.mark.parametrize("order", ["raster", "neighboring", "parallel-4", "random-88"])
+def test_operations_of_a_decode_are_those_pytorch_counts(order):
+    plan = make_plan(order, (4, 4))
+    generator = make_generator("tiny", plan, device=torch.device("cpu"), dtype=torch.float32, vocab_size=50)
+    decoder = Decoder(generator, plan)
+    sampling = Sampling(guidance=Guidance(scale=2.0))
+    # The CPU's fused attention is not known to the counter.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        decoder(torch.arange(3), sampling=sampling, sample_index=torch.arange(3))
+    assert counter.get_total_flops() == decoding_cost(generator, plan, 3).flops
+
+
+def test_operations_of_a_training_step():
+    plan = make_plan("neighboring", (4, 4))
+    generator = make_generator("tiny", plan, device=torch.device("cpu"), dtype=torch.float32, vocab_size=50)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        generator.logits(torch.zeros(2, 16, dtype=torch.int64), torch.arange(2), plan)
+    everywhere = 2 * 2 * len(generator.layers) * generator.dim * 2 * plan.num_slots**2
+    seen = everywhere * float(plan.visible().float().mean())
+    assert training_flops(generator, plan, 2) == pytest.approx(3 * (counter.get_total_flops() - everywhere + seen))
+
+
+def test_commands_print_a_row_per_measurement(capsys):
+    tiny = ["--size", "tiny", "--vocab", "32", "--device", "cpu"]
+    orders = ["--grid", "2x4", "--orders", "raster", "neighboring"]
+    decode_benchmark.main([*tiny, *orders, "--batch", "1", "2", "--engines", "eager", "--repeats", "1"])
+    assert capsys.readouterr().out.count("| eager |") == 4
+    train_benchmark.main([*tiny, *orders, "--batch", "2", "--steps", "1", "--eager"])
+    out = capsys.readouterr().out
+    assert "| raster | causal | 2 |" in out
+    assert "| neighboring | dense | 2 |" in out
+    end_to_end.main([*tiny, "--image-size", "32", "--channels", "32", "--batch", "2", "--samples", "3"])
+    assert "| neighboring | 2 | auto | float32 |" in capsys.readouterr().out
