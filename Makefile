@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart video-quickstart test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,14 @@ quickstart: $(VENV)/.installed ## handwritten digits from pixels to a scored sam
 	@echo "pictures:    $(RUNS)/digits_tokenizer/pictures (reconstructions), $(RUNS)/digits_samples/grid.png (samples)"
 	@echo "report:      $(RUNS)/digits_samples/report.json"
 	@echo "checkpoints: $(RUNS)/digits_tokenizer/release, $(RUNS)/digits_raster/release"
+
+video-quickstart: $(VENV)/.installed ## moving digits from pixels to a GIF of generated clips, on 2 CPU cores
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[video]'
+	$(BIN)/python train.py experiment=moving_digits_tokenizer
+	$(BIN)/python train.py experiment=moving_digits_raster
+	$(BIN)/python sample.py checkpoint=$(RUNS)/moving_digits_raster/release out=$(RUNS)/moving_digits_samples num_samples=50 \
+		sampling=moving_digits format=[npz,mp4,gif] animate=3
+	@echo "watch: $(RUNS)/moving_digits_samples/grid.gif, grid.mp4; contact sheet grid.png; decoding decode.gif"
 
 test: $(VENV)/.installed-dev ## ruff, mypy and the whole test suite
 	$(BIN)/ruff check .

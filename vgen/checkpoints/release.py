@@ -229,13 +229,13 @@ def load_pipeline(
     picture_size: int | None = None,
     edit: Edit | None = None,
     extrapolation: Extrapolation | None = None,
-    engine: Engine = "auto",
-    pixels: PixelSettings | None = None,
     num_tokens: int | None = None,
     text_features: str | Path | None = None,
     predict: dict[str, Any] | None = None,
     num_frames: int | None = None,
     overlap: int | None = None,
+    engine: Engine = "auto",
+    pixels: PixelSettings | None = None,
 ) -> Pipeline:
     """Load everything needed to sample from a generator's release.
 
@@ -247,8 +247,6 @@ def load_pipeline(
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         edit: picture of which a part is kept; null = none.
         extrapolation: decode pictures larger than trained; null = not.
-        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
-        pixels: how the tokenizer decodes.
         num_tokens: decide only the first tokens of every sample; null = all. See :mod:`vgen.sampling.prefix`.
         text_features: features of the captions that labels count, for a generator on text. See
             :func:`vgen.checkpoints.text_features.read_text_features`.
@@ -256,6 +254,8 @@ def load_pipeline(
             ``data: null`` in it means the data the generator was trained on.
         num_frames: frames of clips longer than trained; null = as trained.
         overlap: see :class:`vgen.sampling.long_clips.LongPipeline`.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
         UserError: for a damaged release, parts that do not fit, or a schedule the generator was not trained for.
@@ -306,11 +306,11 @@ def load_pipeline(
         "plan": plan,
         "picture_size": picture_size,
         "given": given,
-        "engine": engine,
-        "pixels": pixels,
         "num_tokens": num_tokens,
         "start": None if predict is None else build(_start_config(predict, training)),
         "given_frames": document.get("given_frames"),
+        "engine": engine,
+        "pixels": pixels,
         "unconditional": training.get("task", {}).get("condition_dropout") == 1,
     }
     if num_frames is None:

@@ -39,13 +39,13 @@ def sample(config: DictConfig) -> None:
         picture_size=plain["picture_size"],
         edit=build(plain["edit"]) if plain.get("edit") else None,
         extrapolation=build(plain["extrapolate"]) if plain.get("extrapolate") else None,
-        engine=plain["engine"],
-        pixels=pixels,
         num_tokens=plain["num_tokens"],
         text_features=plain["text_features"],
         predict=plain.get("predict"),
         num_frames=plain["num_frames"],
         overlap=plain["overlap"],
+        engine=plain["engine"],
+        pixels=pixels,
     )
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
@@ -72,8 +72,8 @@ def sample(config: DictConfig) -> None:
             fmt=plain["format"],
             grid_pictures=plain["grid_pictures"],
             animated=plain["animate"],
-            split_batches=plain["split_batches"],
             fps=frame_rate(plain["fps"], plain["checkpoint"]),
+            split_batches=plain["split_batches"],
         )
         if peers.rank == 0:
             print("\n".join(str(path) for path in files))

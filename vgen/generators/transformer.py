@@ -290,17 +290,17 @@ class Transformer(nn.Module):
         return self.condition.num_slots
 
     @property
+    def num_context(self) -> int:
+        """Features beside the sequence that every block attends to."""
+        return self.condition.num_features if isinstance(self.condition, TextContext) else 0
+
+    @property
     def drops_attention(self) -> bool:
         """Whether training drops attention weights."""
         return any(block.attention.dropout > 0 for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.layers if isinstance(block, Block)]
-
-    @property
-    def num_context(self) -> int:
-        """Features beside the sequence that every block attends to."""
-        return self.condition.num_features if isinstance(self.condition, TextContext) else 0
 
     @property
     def unknown_id(self) -> int:
@@ -362,12 +362,6 @@ class Transformer(nn.Module):
                     "list: the generator was trained for another schedule"
                 )
 
-    def locate(self, feed: Feed, order: Tensor, mask: Tensor | None = None) -> Located:
-        """What the slots of a feed take from their places and a mask bool [F, P]; arguments as in :meth:`enter`."""
-        places = Places.of(feed, order)
-        bias = None if mask is None else additive_mask(mask, self.dtype)
-        return Located(places, self.rotary(places.own, places.target), bias)
-
     def embed_condition(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embed what the samples are conditioned on.
 
@@ -382,6 +376,12 @@ class Transformer(nn.Module):
         if isinstance(self.condition, TokenCondition):
             return self.condition(self.tok_embeddings(condition), drop)
         return self.condition(condition, drop)
+
+    def locate(self, feed: Feed, order: Tensor, mask: Tensor | None = None) -> Located:
+        """What the slots of a feed take from their places and a mask bool [F, P]; arguments as in :meth:`enter`."""
+        places = Places.of(feed, order)
+        bias = None if mask is None else additive_mask(mask, self.dtype)
+        return Located(places, self.rotary(places.own, places.target), bias)
 
     def enter(
         self,

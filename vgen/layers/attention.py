@@ -41,9 +41,9 @@ class View:
     rows: Tensor | None = None
     row_start: int = -1
     prefix: int = 0
-    blocks: BlockMask | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    blocks: BlockMask | None = None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -121,7 +122,9 @@ class Decoder:
                 f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
             )
         self.generator, self.plan = generator, plan
-        self.recorded = plan.policy is None and engine != "eager" and (on_cuda or record is not None)
+        # Captions are looked up on the host.
+        fixed = plan.policy is None and not generator.num_context
+        self.recorded = fixed and engine != "eager" and (on_cuda or record is not None)
         self._own_record, self._largest = record, largest
         self._record: Record = record or GraphRecorder()
         self._recordings: dict[tuple, Recording | None] = {}
@@ -186,15 +189,15 @@ class Decoder:
             self._recordings[key] = None
         inputs = Request(**{name: value.clone() for name, value in request.tensors().items()})
         return Recording(
-            inputs, self._record(lambda: self._run(inputs, sampling, spatial, num_passes), self.generator.device)
+            inputs, self._record(partial(self._run, inputs, sampling, spatial, num_passes), self.generator.device)
         )
 
     def _run(
         self,
         request: Request,
         sampling: Sampling,
-        spatial: SpatialGuidance | None,
-        num_passes: int | None,
+        spatial: SpatialGuidance | None = None,
+        num_passes: int | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
         return run_passes(

@@ -46,8 +46,8 @@ def run_sampling(
     fmt: str | Sequence[str],
     grid_pictures: int,
     animated: int = 0,
-    split_batches: bool = False,
     fps: float = 8.0,
+    split_batches: bool = False,
 ) -> list[Path]:
     """Sample, store and draw a grid; of clips a contact sheet ``grid.png`` and ``grid.gif``, ``grid.mp4`` in motion.
 
@@ -63,8 +63,8 @@ def run_sampling(
         fmt: see :func:`vgen.sampling.store.formats_of`.
         grid_pictures: pictures on the grid; 0 = none.
         animated: samples whose decoding is shown in ``decode.gif``; 0 = none.
-        split_batches: halve batches that do not fit in memory.
         fps: frames per second of clips in viewable files, at most 50.
+        split_batches: halve batches that do not fit in memory.
 
     Returns:
         The files written.

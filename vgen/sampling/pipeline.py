@@ -34,16 +34,16 @@ class Pipeline:
         plan: decode order.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         given: tokens that every sample keeps; null = none.
-        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
-        pixels: how the tokenizer decodes.
         num_tokens: decide only the first tokens of every sample, for tokenizers that decode prefixes; null = all.
         start: first frames to go on from, for a generator conditioned on them.
         given_frames: how many of them; such a generator was trained for one number.
         unconditional: the generator was trained without labels.
+        engine: how the passes run, see :class:`vgen.sampling.engine.Decoder`.
+        pixels: how the tokenizer decodes.
 
     Raises:
-        UserError: if vocabulary, grid, plan, number of tokens or condition do not fit together, or for a picture size
-            below 1.
+        UserError: if vocabulary, grid, plan, number of tokens or condition do not fit together, for a picture size
+            below 1, or for an engine that is not there.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Pipeline:
         plan: Plan,
         picture_size: int | None = None,
         given: Given | None = None,
-        engine: Engine = "auto",
-        pixels: PixelSettings | None = None,
         num_tokens: int | None = None,
         start: Start | None = None,
         given_frames: int | None = None,
         unconditional: bool = False,
+        engine: Engine = "auto",
+        pixels: PixelSettings | None = None,
     ) -> None:
         check_compatible(generator, tokenizer)
         generator.check_plan(plan)

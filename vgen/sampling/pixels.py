@@ -49,11 +49,12 @@ class PixelDecoder:
             for parameter in tokenizer.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        self._decode = torch.compile(tokenizer.decode_samples) if settings.compile else tokenizer.decode_samples
+        decode = tokenizer.decode_samples
+        self._decode = torch.compile(decode, dynamic=False) if settings.compile else decode
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
-        """Pixels float32 as the tokenizer decodes them, contiguous; arguments as in ``Tokenizer.decode_samples``."""
+        """Ids int64 [B, N] of samples int64 [B] to float32 pixels as the tokenizer decodes them, contiguous."""
         dtype = DTYPES[self.settings.dtype]
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             return self._decode(ids, sample_index, seed).float().contiguous()

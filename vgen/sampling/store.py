@@ -133,6 +133,7 @@ class SampleStore:
         self.flags.flush()
 
     def _write_sample(self, index: int, sample: Tensor) -> None:
+        """One sample, uint8 [3, H, W] or [3, T, H, W], in every format of single files."""
         from PIL import Image
 
         name = f"{index:06d}"
@@ -149,7 +150,7 @@ class SampleStore:
 
     def _write_files(self, batch: SampleBatch) -> None:
         try:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # encoders run outside of Python's lock
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression runs outside of Python's lock
                 list(pool.map(self._write_sample, batch.index.tolist(), batch.images))
         except (OSError, UserError) as error:
             reason = error.strerror if isinstance(error, OSError) else error

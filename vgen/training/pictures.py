@@ -89,15 +89,10 @@ class Pictures(StepCallback):
         return torch.cat([to_uint8(originals), to_uint8(rebuilt)]), len(originals)
 
     def _sample(self, module: GeneratorModule) -> tuple[Tensor, int]:
-        parts: dict[str, Any] = {
-            "generator": module.generator,
-            "tokenizer": module.tokenizer,
-            "plan": module.plan,
-            "engine": "eager",
-        }
+        parts: dict[str, Any] = {"generator": module.generator, "tokenizer": module.tokenizer, "plan": module.plan}
         if module.given_frames is not None:
             return self._predict(module, parts)
-        pipeline = Pipeline(**parts)
+        pipeline = Pipeline(engine="eager", **parts)
         columns = min(_MOST_CLASSES, pipeline.num_classes)
         chosen = torch.arange(columns) * pipeline.num_classes // columns
         if module.condition_dropout == 1:
