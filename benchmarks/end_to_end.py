@@ -24,7 +24,6 @@ from vgen.sampling.job import run_sampling
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.pixels import DTYPES, PixelSettings
 from vgen.sampling.settings import Guidance, Sampling
-from vgen.sampling.store import FORMATS
 from vgen.tokenizers.vqgan import VQGAN
 
 HEADER = "| order | batch | engine | pixels | tokens, images/s | pixels, images/s | whole, images/s | of slower part |"
@@ -41,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=get_args(Engine), default="auto")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument("--format", choices=FORMATS, default="npz")
+    parser.add_argument("--format", choices=("npz", "png", "both"), default="npz")
     parser.add_argument("--pixels", choices=DTYPES, default="float32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
@@ -83,7 +82,7 @@ def measure(pipeline: Pipeline, given: argparse.Namespace, order: str) -> str:
     for _ in range(2):
         pipeline.generate(labels, index, sampling)
     tokens_s = seconds_of(lambda: pipeline.generate_ids(labels, index, sampling), device)
-    pixels_s = seconds_of(lambda: pipeline.pixel_decoder(ids).cpu(), device)
+    pixels_s = seconds_of(lambda: pipeline.pixel_decoder(ids, index.to(device), 0).cpu(), device)
 
     with tempfile.TemporaryDirectory() as folder:
 

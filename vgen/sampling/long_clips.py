@@ -96,7 +96,7 @@ class LongPipeline(Pipeline):
             known_ids=known_ids,
             known=known,
         )
-        return self.tokenizer.decode(ids)
+        return self.pixel_decoder(ids, sample_index.to(ids.device), sampling.seed)
 
 
 def default_overlap(tokenizer: Causal3D, window: int) -> int:
