@@ -1,11 +1,13 @@
 """Speed of a FID job with a random-weight Inception: reading, features, streaming statistics, distance.
 
     python -m benchmarks.evaluation --images 50000 --batch 256 --device auto
+    python -m benchmarks.evaluation --network pooled --size 32 --features --device cpu   # host memory of a full job
 
 The pictures are noise in an .npz batch of the ADM suite, mapped from the disk; ``--stored`` distinct ones are read over
 and over. Prints images/s of the whole pass, the share of the time the network kept the device busy (1 = nothing but the
 device limits the job), the time of the distance itself, and the host memory of the process. Random weights cost what
-the published ones do.
+the published ones do. ``--network pooled`` puts averages over pixels in Inception's place: as many features for next to
+no work, so that the memory of a job of 50,000 pictures can be measured without a GPU; its speed means nothing.
 """
 
 import argparse
@@ -64,10 +66,20 @@ class Timed(nn.Module):
         self.host = 0.0
 
 
-def random_extractor(device: torch.device) -> tuple[Extractor, Timed]:
-    """Inception with random weights, timed; its scores would mean nothing and carry no published name."""
+class Pooled(nn.Module):
+    """Averages over pixels and zero logits, as wide as what Inception returns of pictures uint8 [B, 3, H, W]."""
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stand-ins for pool [B, 2048], logits [B, classes] and spatial features [B, 2023]."""
+        pixels = pictures.flatten(1).float()
+        pool = nn.functional.adaptive_avg_pool1d(pixels, POOL_DIM)
+        return pool, pool.new_zeros(len(pool), CLASSES), nn.functional.adaptive_avg_pool1d(pixels, SPATIAL_DIM)
+
+
+def random_extractor(device: torch.device, name: str) -> tuple[Extractor, Timed]:
+    """A network without published weights, timed; its scores would mean nothing and carry no published name."""
     torch.manual_seed(0)
-    network = Timed(Inception(None).to(device), device)
+    network = Timed(Pooled() if name == "pooled" else Inception(None).to(device), device)
     extractor = Extractor(
         network, "random", "2048", None, "", "tf1_bilinear", device, POOL_DIM, CLASSES, spatial_dim=SPATIAL_DIM
     )
@@ -89,9 +101,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--size", type=int, default=256, help="pixels of a side")
     parser.add_argument("--stored", type=int, default=2000, help="distinct pictures on the disk")
     parser.add_argument("--features", action="store_true", help="keep all features, as KID and precision/recall need")
+    parser.add_argument("--network", choices=["inception", "pooled"], default="inception")
     options = parser.parse_args(arguments)
     device = pick_device(options.device)
-    extractor, network = random_extractor(device)
+    extractor, network = random_extractor(device, options.network)
     with tempfile.TemporaryDirectory() as folder:
         stored = open_pictures(
             noise(Path(folder) / "noise.npz", min(options.stored, options.images), options.size), key="samples"

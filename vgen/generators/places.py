@@ -1,6 +1,7 @@
 """Where the slots of a call lie on the grid, and which condition slots are padding."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,25 @@ class Places:
             return table[..., index]
 
         return Places(look_up(feed.position), look_up(feed.target), look_up(feed.queries))
+
+
+class Located(NamedTuple):
+    """What slots take from their places and their visibility alone, so that a plan's passes can be prepared once.
+
+    Attributes:
+        places: raster positions.
+        rope: rotary rows; None = none.
+        bias: visibility as a summand of the attention scores, [F, prefix]; None = as the pass says.
+    """
+
+    places: Places
+    rope: Tensor | None
+    bias: Tensor | None = None
+
+
+def values_at(values: Tensor, index: Tensor) -> Tensor:
+    """Values [B, N] at int64 [F], or at the samples' own [B, F]."""
+    return values[:, index] if index.dim() == 1 else values.gather(1, index)
 
 
 def mask_padding(visible: Tensor, padding: Tensor, rows: Tensor) -> Tensor:

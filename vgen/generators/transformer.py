@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
 from vgen.generators.block import Block, BlockShape
+from vgen.generators.checks import AdaLNInput, check_adaln, check_choices, check_combinations
 from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
-from vgen.generators.places import Places, mask_padding
+from vgen.generators.places import Located, Places, mask_padding, values_at
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
@@ -28,22 +29,6 @@ from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
 from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
-
-AdaLNInput = Literal["condition", "step", "direction"]
-
-
-class Located(NamedTuple):
-    """What slots take from their places and their visibility alone, so that a plan's passes can be prepared once.
-
-    Attributes:
-        places: raster positions.
-        rope: rotary rows; None = none.
-        bias: visibility as a summand of the attention scores, [F, prefix]; None = as the pass says.
-    """
-
-    places: Places
-    rope: Tensor | None
-    bias: Tensor | None = None
 
 
 class Transformer(nn.Module):
@@ -164,7 +149,7 @@ class Transformer(nn.Module):
             raise UserError(f"generator.dim={dim} must be generator.heads={heads} times an even head width")
         if heads % kv_heads:
             raise UserError(f"generator.kv_heads={kv_heads} must divide generator.heads={heads}")
-        _check_choices(
+        check_choices(
             ffn=(ffn, ("swiglu", "gelu")),
             norm=(norm, ("rms", "layer")),
             norm_position=(norm_position, ("pre", "post")),
@@ -179,8 +164,8 @@ class Transformer(nn.Module):
         self.num_readouts, self.num_learned = num_readouts, num_learned
         self.gradient_checkpointing = gradient_checkpointing
         self.told_target = positions == "own_target" or rope == "own_target"
-        self.adaln = _check_adaln(adaln, condition, directions)
-        _check_combinations(
+        self.adaln = check_adaln(adaln, condition, directions)
+        check_combinations(
             (long_skips and depth % 2 == 0, f"generator.long_skips needs an odd generator.depth, not {depth}"),
             (long_skips and num_readouts > 1, "generator.long_skips goes with schedules of one output head only"),
             (
@@ -434,9 +419,9 @@ class Transformer(nn.Module):
         if len(feed.conditions):
             parts.append(condition[:, feed.conditions])
         if feed.tokens.numel():
-            tokens = self.tok_embeddings(_at(ids, feed.tokens))
+            tokens = self.tok_embeddings(values_at(ids, feed.tokens))
             if blank is not None:
-                tokens = tokens.masked_fill(_at(blank, feed.tokens)[..., None], 0.0)
+                tokens = tokens.masked_fill(values_at(blank, feed.tokens)[..., None], 0.0)
             parts.append(tokens if everywhere else self.token_dropout(tokens))
         if len(feed.learned):
             assert self.learned_embeddings is not None
@@ -686,40 +671,6 @@ class Transformer(nn.Module):
             context_heads=self.heads,
             context_rows=self.num_context,
         )
-
-
-def _at(values: Tensor, index: Tensor) -> Tensor:
-    """Values [B, N] at int64 [F], or at the samples' own [B, F]."""
-    return values[:, index] if index.dim() == 1 else values.gather(1, index)
-
-
-def _check_choices(**choices: tuple[object, tuple]) -> None:
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            words = ", ".join("null" if choice is None else choice for choice in allowed)
-            raise UserError(f"generator.{name}={value} is unknown; choose one of {words}")
-
-
-def _check_combinations(*refused: tuple[Any, str]) -> None:
-    for wrong, message in refused:
-        if wrong:
-            raise UserError(message)
-
-
-def _check_adaln(
-    adaln: Sequence[AdaLNInput],
-    condition: ClassCondition | TextCondition | TextContext | TokenCondition,
-    directions: Sequence[Sequence[int]] | None,
-) -> tuple[AdaLNInput, ...]:
-    if unknown := [name for name in adaln if name not in get_args(AdaLNInput)]:
-        raise UserError(f"generator.adaln={list(adaln)}: {unknown[0]} is unknown; choose of condition, step, direction")
-    if "condition" in adaln and not isinstance(condition, ClassCondition):
-        raise UserError("generator.adaln=[condition] takes the class vector; this generator has no class condition")
-    if adaln and isinstance(condition, TextContext):
-        raise UserError(f"generator.adaln={list(adaln)} modulates blocks without cross-attention; leave it empty")
-    if ("direction" in adaln) != (directions is not None):
-        raise UserError("generator.directions lists the moves of generator.adaln=[direction]; give both or neither")
-    return tuple(adaln)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vgen.errors import UserError
-from vgen.generators.transformer import Located, Transformer
+from vgen.generators.places import Located
+from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
 from vgen.sampling.filters import filter_logits
 from vgen.sampling.noise import KeyedNoise, Noise

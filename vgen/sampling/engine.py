@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UserError
-from vgen.generators.transformer import Located, Transformer
+from vgen.generators.places import Located
+from vgen.generators.transformer import Transformer
 from vgen.sampling.decode import Request, Watch, check_request, run_passes
 from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.plan import Plan
