@@ -35,7 +35,7 @@ def test_sampling_out_of_range_names_its_key(options, key):
         {"start": -1},
         {"convention": "two-plus"},
         {"along": "time"},
-        {"convention": "one-plus", "schedule": "power-cosine"},
+        {"counted": "during"},
     ],
 )
 def test_guidance_out_of_range_names_its_key(options):

@@ -14,6 +14,8 @@ from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
 from vgen.layers.norm import NormKind, make_norm
 
+FeedForwardKind = Literal["swiglu", "gelu", "gelu_tanh"]
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -22,7 +24,7 @@ class BlockShape:
     dim: int
     heads: int
     kv_heads: int
-    ffn: Literal["swiglu", "gelu"]
+    ffn: FeedForwardKind
     ffn_hidden: int
     norm: NormKind
     norm_eps: float
@@ -90,6 +92,7 @@ class Block(nn.Module):
                 dropout=shape.ffn_dropout,
                 bias=shape.bias,
                 inner_dropout=shape.ffn_inner_dropout,
+                approximate=shape.ffn == "gelu_tanh",
             )
         self.modulation = Modulation(dim=dim, parts=6) if shape.modulated else None
         self.drop_path = DropPath(drop_path)

@@ -2,7 +2,7 @@
 
 With the ``raster`` plan and the default switches this is LlamaGen's GPT (arXiv 2406.06525, section 2.2); the switches
 cover its relatives NAR, PAR, RandAR, RAR, DAR and LARP, the generators of FlexTok, and the bidirectional networks of
-MaskGIT and TiTok.
+MaskGIT, TiTok and TA-TiTok (MaskGen).
 """
 
 import copy
@@ -13,13 +13,24 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
-from vgen.generators.block import Block, BlockShape
-from vgen.generators.checks import AdaLNInput, check_adaln, check_choices, check_combinations
+from vgen.generators.block import Block, BlockShape, FeedForwardKind
+from vgen.generators.checks import (
+    AdaLNInput,
+    check_adaln,
+    check_choices,
+    check_combinations,
+    refused_outputs,
+    refused_streams,
+)
 from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
+from vgen.generators.joint_block import JointBlock
+from vgen.generators.joint_text import JointText
+from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
@@ -35,15 +46,16 @@ class Transformer(nn.Module):
     """Transformer over the slots of a plan, which says what each of them sees.
 
     Args:
-        vocab_size: number of token ids V.
+        vocab_size: number of token ids V; 0 for continuous tokens.
         grid: token grid the position tables are built for.
         condition: module that embeds the condition (class labels, text features or token ids). With a ``TextContext``
-            every block attends to the text between its attention and its feed-forward layer.
+            every block attends to the text between its attention and its feed-forward layer. With a ``JointText`` the
+            condition slots have weights of their own in every block (MM-DiT).
         dim: width of the residual stream.
         depth: number of blocks before the first output head.
         heads: attention heads; must divide dim into an even head width.
         kv_heads: key-value heads for grouped-query attention; null = heads.
-        ffn: ``swiglu`` (Llama) or ``gelu`` (vision transformers).
+        ffn: ``swiglu`` (Llama), ``gelu`` (vision transformers) or ``gelu_tanh``, its tanh approximation (MM-DiT).
         ffn_hidden: inner width of the feed-forward layer; null = 4 dim for gelu, for swiglu 8/3 dim times
             ``ffn_multiplier``, rounded up to a multiple of ``ffn_multiple_of``.
         ffn_multiplier: see ffn_hidden.
@@ -66,14 +78,16 @@ class Transformer(nn.Module):
         rope_placeless: rotation of slots without a place: ``zero`` (published weights) or ``identity``.
         rope_axes: order in which the coordinates share the head, as numbers into (own axes, target axes); null =
             in that order.
-        positions: absolute positions: ``none``, learned ones ``own`` and ``own_target`` (RAR), or ``sincos``, a fixed
-            table over the condition slots and then the grid.
+        positions: absolute positions: ``none``, learned ones ``own``, ``own_target`` (RAR) and ``tokens`` (own ones of
+            the tokens alone), or ``sincos``, a fixed table over the condition slots and then the grid.
         last_position: the last place of the grid has a position; without it (LARP) its token cannot be fed.
         adaln: what modulates the blocks, any of ``condition`` (the class vector), ``step`` (number of the slot, RAR),
             ``direction`` (move to the predicted place, DAR); empty = plain norms.
         directions: moves by number for ``adaln=[direction]``; filled in from the schedule.
         codebook_dim: use the tokenizer's frozen codebook of this code width, projected, as token embedding; null =
             learn a table.
+        tied_output: the output head is the table of the token embeddings, without bias (MaskGen).
+        latent_head: the tokens are continuous: it draws them, and they are embedded by a projection; null = ids.
         token_dropout: on the embedded sequence.
         token_dropout_on: ``all`` slots or ``tokens`` alone (RandAR).
         attention_dropout: on the attention weights.
@@ -100,12 +114,12 @@ class Transformer(nn.Module):
         *,
         vocab_size: int,
         grid: Sequence[int],
-        condition: ClassCondition | TextCondition | TextContext | TokenCondition,
+        condition: ClassCondition | TextCondition | TextContext | TokenCondition | JointText,
         dim: int,
         depth: int,
         heads: int,
         kv_heads: int | None = None,
-        ffn: Literal["swiglu", "gelu"] = "swiglu",
+        ffn: FeedForwardKind = "swiglu",
         ffn_hidden: int | None = None,
         ffn_multiplier: float | None = None,
         ffn_multiple_of: int = 256,
@@ -124,11 +138,13 @@ class Transformer(nn.Module):
         rope_base: float = 10000.0,
         rope_placeless: Placeless = "zero",
         rope_axes: Sequence[int] | None = None,
-        positions: Literal["none", "own", "own_target", "sincos"] = "none",
+        positions: Literal["none", "own", "own_target", "tokens", "sincos"] = "none",
         last_position: bool = True,
         adaln: Sequence[AdaLNInput] = (),
         directions: Sequence[Sequence[int]] | None = None,
         codebook_dim: int | None = None,
+        tied_output: bool = False,
+        latent_head: LatentHead | None = None,
         token_dropout: float = 0.1,
         token_dropout_on: Literal["all", "tokens"] = "all",
         attention_dropout: float = 0.0,
@@ -150,13 +166,13 @@ class Transformer(nn.Module):
         if heads % kv_heads:
             raise UserError(f"generator.kv_heads={kv_heads} must divide generator.heads={heads}")
         check_choices(
-            ffn=(ffn, ("swiglu", "gelu")),
+            ffn=(ffn, ("swiglu", "gelu", "gelu_tanh")),
             norm=(norm, ("rms", "layer")),
             norm_position=(norm_position, ("pre", "post")),
             qk_norm=(qk_norm, (None, "rms", "layer")),
             rope=(rope, ("own", "own_target", "none")),
             rope_placeless=(rope_placeless, ("zero", "identity")),
-            positions=(positions, ("none", "own", "own_target", "sincos")),
+            positions=(positions, ("none", "own", "own_target", "tokens", "sincos")),
             token_dropout_on=(token_dropout_on, ("all", "tokens")),
         )
         self.vocab_size, self.grid = vocab_size, tuple(grid)
@@ -174,6 +190,15 @@ class Transformer(nn.Module):
             ),
             (norm_position == "post" and self.adaln, "generator.adaln modulates pre-norm blocks; leave it empty"),
             (ffn == "swiglu" and ffn_inner_dropout is not None, "generator.ffn_inner_dropout goes with ffn=gelu only"),
+            *refused_streams(condition, self.adaln, rope=rope, norm_position=norm_position, long_skips=long_skips),
+            *refused_outputs(
+                latent_head,
+                vocab_size=vocab_size,
+                tied_output=tied_output,
+                codebook_dim=codebook_dim,
+                head_bias=head_bias,
+                num_readouts=num_readouts,
+            ),
             (embedding_norm and token_dropout_on != "all", "generator.embedding_norm needs token_dropout_on=all"),
             (mask_token and codebook_dim is not None, "a codebook has no mask token: set generator.codebook_dim=null"),
         )
@@ -209,8 +234,10 @@ class Transformer(nn.Module):
             )
         blocks, tokens, slots = depth + num_readouts - 1, prod(self.grid), condition.num_slots + prod(self.grid)
         self.condition = condition
-        self.tok_embeddings: nn.Embedding | CodebookEmbedding
-        if codebook_dim is None:
+        self.tok_embeddings: nn.Embedding | CodebookEmbedding | LatentEmbedding
+        if latent_head is not None:
+            self.tok_embeddings = LatentEmbedding(channels=latent_head.channels, dim=dim)
+        elif codebook_dim is None:
             self.tok_embeddings = nn.Embedding(vocab_size + mask_token, dim)
         else:
             self.tok_embeddings = CodebookEmbedding(vocab_size=vocab_size, codebook_dim=codebook_dim, dim=dim)
@@ -220,7 +247,7 @@ class Transformer(nn.Module):
             None
             if positions == "none"
             else Positions(
-                num_condition=condition.num_slots,
+                num_condition=0 if positions == "tokens" else condition.num_slots,
                 num_tokens=tokens,
                 dim=dim,
                 target=positions == "own_target",
@@ -235,8 +262,11 @@ class Transformer(nn.Module):
         self.token_dropout = nn.Dropout(token_dropout)
         self.token_dropout_on = token_dropout_on
         self.first_skip = blocks // 2 + 1 if long_skips else blocks
+        joint = condition.num_slots if isinstance(condition, JointText) else 0
         self.layers = nn.ModuleList(
-            Block(shape, drop_path=rate, skip=index >= self.first_skip)
+            JointBlock(shape, num_text=joint, drop_path=rate, last=index == blocks - 1)
+            if joint
+            else Block(shape, drop_path=rate, skip=index >= self.first_skip)
             for index, rate in enumerate(torch.linspace(0, drop_path, blocks, device="cpu").tolist())
         )
         self.norms = nn.ModuleList(
@@ -244,7 +274,9 @@ class Transformer(nn.Module):
             for _ in range(num_readouts)
         )
         self.modulations = nn.ModuleList(Modulation(dim=dim, parts=2) for _ in range(num_readouts if self.adaln else 0))
-        outputs = [nn.Linear(dim, vocab_size, bias=head_bias) for _ in range(num_readouts)]
+        self.latent_head = latent_head
+        own_heads = 0 if tied_output or latent_head is not None else num_readouts
+        outputs = [nn.Linear(dim, vocab_size, bias=head_bias) for _ in range(own_heads)]
         self.outputs = nn.ModuleList(outputs)
         self.rotary = Rotary(
             kind=rope,
@@ -257,7 +289,10 @@ class Transformer(nn.Module):
         if position_queries and rope != "own":
             raise UserError("this schedule's position queries are told their place by generator.rope=own")
         self.apply(_initialise)
-        nn.init.zeros_(outputs[0].weight)
+        if latent_head is not None:
+            nn.init.zeros_(latent_head.net.output.weight)
+        elif outputs:
+            nn.init.zeros_(outputs[0].weight)
 
     def compile_blocks(self) -> None:
         """Compile every block for training, in place: names of parameters stay, and one compilation serves all."""
@@ -280,27 +315,38 @@ class Transformer(nn.Module):
         return self.condition.num_features if isinstance(self.condition, TextContext) else 0
 
     @property
+    def works_on_host(self) -> bool:
+        """Whether decoding looks something up on the host, captions or a diffusion's tables: no graph can hold that."""
+        return isinstance(self.condition, TextContext | JointText) or self.latent_head is not None
+
+    @property
     def drops_attention(self) -> bool:
         """Whether training drops attention weights."""
         return any(block.attention.dropout > 0 for block in self._blocks())
 
     def _blocks(self) -> list[Block]:
-        return [block for block in self.layers if isinstance(block, Block)]
+        return [block for block in self.layers.modules() if isinstance(block, Block)]
 
     @property
     def unknown_id(self) -> int:
         """Id to feed where a token is not known: the mask token, or any id where the slot is not read."""
         return self.vocab_size if self.mask_token else 0
 
+    def unknown(self, batch: int, count: int, device: torch.device) -> Tensor:
+        """Tokens none of which is known: ids -1, int64 [batch, count], or latents of NaN, float32 [batch, count, C]."""
+        if self.latent_head is None:
+            return torch.full((batch, count), -1, dtype=torch.int64, device=device)
+        return torch.full((batch, count, self.latent_head.channels), torch.nan, device=device)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
-        return next(self.outputs.parameters()).dtype
+        return next(self.layers.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.outputs.parameters()).device
+        return next(self.layers.parameters()).device
 
     def check_plan(self, plan: Plan) -> None:
         """Refuse a plan this network was not built for.
@@ -317,6 +363,16 @@ class Transformer(nn.Module):
             raise UserError(
                 f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings, position queries, "
                 f"mask token) = {needs}, the generator has {mine}: it was trained for another schedule; choose that one"
+            )
+        if (self.latent_head is not None or isinstance(self.condition, JointText)) and plan.masking is None:
+            raise UserError(
+                f"schedule '{plan.name}' hides no tokens; a generator of continuous tokens or of joint streams of text "
+                "and tokens sees all slots in every pass: choose schedule=masked or masked_random"
+            )
+        if self.latent_head is not None and plan.policy is not None:
+            raise UserError(
+                f"schedule '{plan.name}' goes by the probabilities of tokens, and continuous tokens have none; choose "
+                "schedule=masked_random"
             )
         if plan.any_order and not (self.told_target or plan.has_queries):
             raise UserError(
@@ -351,8 +407,8 @@ class Transformer(nn.Module):
         """Embed what the samples are conditioned on.
 
         Args:
-            condition: class labels int64 [B], text features [B, num_condition, caption_dim], or token ids int64
-                [B, num_condition - 1].
+            condition: class labels or caption numbers int64 [B], text features [B, num_condition, caption_dim], or
+                token ids int64 [B, num_condition - 1].
             drop: bool [B], samples that get the null condition instead.
 
         Returns:
@@ -382,7 +438,7 @@ class Transformer(nn.Module):
         """Embedded slots [B, F, dim] and what the blocks need to know of them.
 
         Args:
-            ids: int64 [B, N], tokens in order indices.
+            ids: int64 [B, N], tokens in order indices; continuous ones float32 [B, N, C], NaN where not known.
             condition: [B, num_condition + num_context, dim], embedded condition.
             feed: which slots.
             order: int64 [N] or [B, N], raster position of every order index.
@@ -523,6 +579,11 @@ class Transformer(nn.Module):
         if modulator is not None:
             shift, scale = self.modulations[head](modulator.select(slots))
             normal = normal * (1 + scale) + shift
+        if self.latent_head is not None:
+            return normal.float()
+        if not self.outputs:
+            assert isinstance(self.tok_embeddings, nn.Embedding)
+            return F.linear(normal, self.tok_embeddings.weight[: self.vocab_size]).float()
         return self.outputs[head](normal).float()
 
     def logits(
@@ -540,7 +601,7 @@ class Transformer(nn.Module):
         """Teacher-forced logits of every token.
 
         Args:
-            ids: int64 [B, N], raster order.
+            ids: int64 [B, N], raster order; continuous tokens float32 [B, N, C].
             condition: see :meth:`embed_condition`.
             plan: decode order.
             order: int64 [B, N], raster position of every order index, for plans of any order; null = the plan's own.
@@ -552,12 +613,13 @@ class Transformer(nn.Module):
 
         Returns:
             float32 [B, N, V], raster order; the logits of a token depend only on the condition and on tokens decided in
-            earlier passes, for plans with a mask token on all tokens that are not hidden.
+            earlier passes, for plans with a mask token on all tokens that are not hidden. For continuous tokens the
+            states [B, N, dim] that the latent head draws them from.
         """
         tensors = plan.on(ids.device)
         if hidden is not None:
             assert self.mask_token, "only a network with a mask token can hide tokens"
-            ids = ids.masked_fill(hidden, self.unknown_id)
+            ids = ids.masked_fill(hidden, self.unknown_id) if ids.dim() == 2 else _blanked(ids, hidden)
         assert order is None or plan.any_order, "an order per sample needs a plan of any order"
         if order is None:
             order, read, ordered = tensors.order, tensors.read, ids[:, tensors.order]
@@ -602,7 +664,7 @@ class Transformer(nn.Module):
             located: what :meth:`locate` gives for the pass, if it is known already.
 
         Returns:
-            float32 [B, D, V], logits of the targets of the pass.
+            float32 [B, D, V], logits of the targets of the pass, or their states [B, D, dim] for continuous tokens.
         """
         mask = forward.mask
         if padding is not None:
@@ -671,6 +733,11 @@ class Transformer(nn.Module):
             context_heads=self.heads,
             context_rows=self.num_context,
         )
+
+
+def _blanked(latents: Tensor, hidden: Tensor) -> Tensor:
+    """Latents [B, N, C], NaN where hidden, bool [B, N]."""
+    return latents.masked_fill(hidden[..., None], torch.nan)
 
 
 def _initialise(module: nn.Module) -> None:

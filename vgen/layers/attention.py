@@ -100,6 +100,7 @@ class Attention(nn.Module):
         qkv_bias: biases on the first projection; None = as ``bias``.
         qk_norm: norm of every query and key over the head width, shared by all heads; None = none.
         norm_eps: of that norm.
+        output: has an output projection; without one :meth:`merge` cannot be used.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Attention(nn.Module):
         qkv_bias: bool | None = None,
         qk_norm: NormKind | None = None,
         norm_eps: float = 1e-5,
+        output: bool = True,
     ) -> None:
         super().__init__()
         qkv_bias = bias if qkv_bias is None else qkv_bias
@@ -122,7 +124,7 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.q_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
-        self.wo = nn.Linear(dim, dim, bias=bias)
+        self.wo = nn.Linear(dim, dim, bias=bias) if output else None
         self.residual_dropout = nn.Dropout(residual_dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
@@ -159,4 +161,5 @@ class Attention(nn.Module):
 
     def merge(self, seen: Tensor) -> Tensor:
         """Output projection of what :meth:`look` returned, [B, F, dim]."""
+        assert self.wo is not None
         return self.residual_dropout(self.wo(seen))

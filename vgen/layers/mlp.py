@@ -35,7 +35,7 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """fc2(gelu(fc1 x)) with the exact GELU and dropout behind both, as in vision transformers.
+    """fc2(gelu(fc1 x)) with dropout behind both, as in vision transformers.
 
     Args:
         dim: width of the residual stream.
@@ -43,17 +43,26 @@ class GeluMLP(nn.Module):
         dropout: probability on the inner and on the outer activations.
         bias: biases on both projections.
         inner_dropout: probability on the inner activations alone; None = as dropout.
+        approximate: the tanh approximation of the GELU instead of the exact one.
     """
 
     def __init__(
-        self, *, dim: int, hidden: int, dropout: float, bias: bool = True, inner_dropout: float | None = None
+        self,
+        *,
+        dim: int,
+        hidden: int,
+        dropout: float,
+        bias: bool = True,
+        inner_dropout: float | None = None,
+        approximate: bool = False,
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.approximate = "tanh" if approximate else "none"
         self.inner_dropout = nn.Dropout(dropout if inner_dropout is None else inner_dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""
-        return self.dropout(self.fc2(self.inner_dropout(F.gelu(self.fc1(x)))))
+        return self.dropout(self.fc2(self.inner_dropout(F.gelu(self.fc1(x), approximate=self.approximate))))

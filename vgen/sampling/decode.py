@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ Trace = Callable[[int, Tensor], None]
 Watch = Callable[[int, Tensor], None]
 
 
+DIFFUSION_STEPS = 100
 _ORDER_STREAM, _BLANK_STREAM = 301, 302
 
 
@@ -42,11 +44,12 @@ def decode(
     trace: Trace | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Decode token ids.
+    """Decode token ids, or continuous tokens.
 
     The order of operations in a pass: guidance on float32 logits, temperature, top-k, top-p, draw. Random numbers are
     keyed by (seed, sample index, raster position). The unconditional branch is computed only up to the last pass whose
-    guidance weight differs from 1; without a cache only in such passes.
+    guidance weight differs from 1; without a cache only in such passes. Continuous tokens are drawn by the generator's
+    latent head, guidance included; nothing of them can be given.
 
     Args:
         generator: the network, in eval mode, on the device to decode on.
@@ -63,11 +66,13 @@ def decode(
         spatial: guidance away from a branch that sees only a part of the given tokens; null = none.
         num_passes: stop after this many passes; tokens not decided are 0.
         noise: source of the draws; null = keyed.
-        trace: called with (pass, guided logits float32 [B, D, V]) after every pass.
-        watch: called with (pass, ids int64 [B, N] in raster order, -1 where undecided) after every pass.
+        trace: called with (pass, guided logits float32 [B, D, V]) after every pass; with conditional states [B, D, dim]
+            for continuous tokens.
+        watch: called with (pass, ids int64 [B, N] in raster order, -1 where undecided) after every pass; with latents
+            [B, N, C], NaN where undecided, for continuous tokens.
 
     Returns:
-        int64 [B, N], raster order.
+        int64 [B, N], raster order; float32 [B, N, C] for continuous tokens.
 
     Raises:
         UserError: if the plan does not fit the generator, or the known tokens do not fit the plan.
@@ -77,7 +82,7 @@ def decode(
     )
     if order is not None:
         request = replace(request, order=order)
-    check_request(generator, plan, request)
+    check_request(generator, plan, request, sampling)
     return run_passes(
         generator,
         plan,
@@ -136,12 +141,13 @@ class Request:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def check_request(generator: Transformer, plan: Plan, request: Request) -> None:
+def check_request(generator: Transformer, plan: Plan, request: Request, sampling: Sampling) -> None:
     """Refuse what the network or the plan does not allow.
 
     Raises:
-        UserError: if the plan does not fit the generator, or the known tokens do not fit the plan.
+        UserError: if the plan or the sampling settings do not fit the generator, or the known tokens the plan.
     """
+    _check_sampling(generator, sampling, request)
     generator.check_plan(plan)
     assert not generator.training, "decode needs generator.eval()"
     assert request.order is None or plan.any_order, "an order per sample needs a plan of any order"
@@ -180,7 +186,7 @@ def run_passes(
         watch: called after every pass.
 
     Returns:
-        int64 [B, N], raster order.
+        As :func:`decode`.
     """
     condition, sample_index, padding = request.condition, request.sample_index, request.padding
     known, known_ids, seed = request.known, request.known_ids, request.seed
@@ -190,8 +196,9 @@ def run_passes(
         order = decoding_order(plan, seed, sample_index, known)
 
     # The last column takes what run-time passes write for lanes that decide nothing.
-    ids = torch.full((batch, total + 1), -1, dtype=torch.int64, device=device)
-    given, fixed = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
+    head, ids = generator.latent_head, generator.unknown(batch, total + 1, device)
+    given = torch.zeros(ids.shape[:2], dtype=torch.bool, device=device)
+    fixed = torch.zeros_like(given, dtype=torch.int64)
     if known is not None and known_ids is not None:
         given[:, :total], fixed[:, :total] = _ordered(known, order), _ordered(known_ids, order)
         ids[:, : plan.num_known] = fixed[:, : plan.num_known]
@@ -200,9 +207,9 @@ def run_passes(
     noise = KeyedNoise(seed, sample_index, order) if noise is None else noise
 
     course = _course(plan, batch, device, noise, None if known is None else given[:, :total])
-    by_pass = sampling.guidance.along == "passes"
+    by_pass, after = sampling.guidance.along == "passes", sampling.guidance.counted == "after"
     weights = _guidance_weights(plan, sampling)
-    visited = range(len(weights) - 1) if by_pass or plan.policy is not None else plan.decided_before()[:num_passes]
+    visited = _moments(plan, sampling, len(weights) - 1, num_passes)
     last_guided = max((moment for moment in visited if weights[moment] != 1.0), default=-1)
     branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
     blank = None if spatial is None else _blank(given[:, :total], spatial, order, seed, sample_index)
@@ -215,7 +222,7 @@ def run_passes(
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
-        moment = index if by_pass else decided
+        moment = index + after if by_pass else decided + after * forward.targets.shape[-1]
         if branches == 2 and isinstance(moment, int) and moment > last_guided:
             branches = 1
             if cache is not None:
@@ -224,9 +231,9 @@ def run_passes(
             padding = None if padding is None else padding[:batch]
         plain = cache is None and branches == 2 and isinstance(moment, int) and weights[moment] == 1.0
         live = 1 if plain else branches
-        fed, places = ids.masked_fill(ids < 0, generator.unknown_id), order
+        fed, places = ids if head is not None else ids.masked_fill(ids < 0, generator.unknown_id), order
         if live > 1:
-            fed = fed.repeat(live, 1)
+            fed = fed.repeat(live, *([1] * (fed.dim() - 1)))
             places = order if order.dim() == 1 else order.repeat(live, 1)
         logits = generator.step(
             fed,
@@ -238,6 +245,24 @@ def run_passes(
             blank=blank,
             located=None if located is None else located[index],
         )
+        targets = forward.targets.expand(batch, -1)
+        if head is not None:
+            assert isinstance(moment, int)
+            if trace is not None:
+                trace(index, logits[:batch])
+            drawn = head.draw(
+                list(logits.chunk(live)),
+                _ordered(order.expand(batch, -1), targets),
+                weights[moment],
+                partial(noise.normal, targets, head.channels),
+                steps=min(head.train_steps, sampling.diffusion_steps or DIFFUSION_STEPS),
+                temperature=sampling.temperature,
+            )
+            ids.scatter_(1, targets[..., None].expand_as(drawn), drawn)
+            if watch is not None:
+                watch(index, _in_raster(ids[:, :total], order))
+            index += 1
+            continue
         if live > 1:
             weight: float | Tensor
             if isinstance(moment, int):
@@ -249,7 +274,6 @@ def run_passes(
             logits = _guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
         if trace is not None:
             trace(index, logits)
-        targets = forward.targets.expand(batch, -1)
         scores, tokens = _choose(logits, targets, sampling, course, noise)
         tokens = course.settle(tokens, scores)
         if known is not None:
@@ -258,7 +282,8 @@ def run_passes(
         if watch is not None:
             watch(index, _in_raster(ids[:, :total], order))
         index += 1
-    return _in_raster(ids[:, :total], order).clamp(min=0)
+    finished = _in_raster(ids[:, :total], order)
+    return finished.clamp(min=0) if head is None else finished.nan_to_num()
 
 
 def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: Tensor | None = None) -> Tensor:
@@ -279,6 +304,20 @@ def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: 
         order = order.expand(len(known), -1)
         order = order.gather(1, (~known.gather(1, order)).long().argsort(dim=1, stable=True))
     return order
+
+
+def _check_sampling(generator: Transformer, sampling: Sampling, request: Request) -> None:
+    if generator.latent_head is None:
+        if sampling.diffusion_steps is not None:
+            raise UserError("sampling.diffusion_steps has no effect: this generator draws token ids; set it to null")
+        return
+    if request.known is not None:
+        raise UserError("continuous tokens cannot be given yet: leave edit and predict out with this generator")
+    if sampling.greedy or sampling.top_k or sampling.top_p != 1.0:
+        raise UserError(
+            "continuous tokens are drawn by diffusion; sampling.greedy, top_k and top_p have no effect on them: set "
+            "greedy=false, top_k=0 and top_p=1 (sampling.temperature scales the noise)"
+        )
 
 
 def _check_known(plan: Plan, known: Tensor | None) -> None:
@@ -312,14 +351,34 @@ def _guidance_weights(plan: Plan, sampling: Sampling) -> list[float]:
     return [guidance.weight(moment, moments) for moment in range(moments + 1)]
 
 
+def _moments(plan: Plan, sampling: Sampling, last: int, num_passes: int | None) -> Sequence[int]:
+    """Numbers of tokens or passes by which the passes find their guidance weights; all that may occur."""
+    guidance = sampling.guidance
+    after = guidance.counted == "after"
+    if guidance.along == "passes":
+        return range(after, last + after)
+    if plan.policy is None:
+        decided = plan.decided_before()
+        return [*decided[1:], plan.num_tokens][:num_passes] if after else decided[:num_passes]
+    if after:
+        raise UserError(
+            f"sampling.guidance.counted=after with along=tokens needs to know how many tokens a pass will decide; with "
+            f"this schedule ('{plan.name}') the samples decide: set along=passes"
+        )
+    return range(last)
+
+
 def _ordered(values: Tensor, order: Tensor) -> Tensor:
-    """Values [B, N] in raster order, brought into the order of decoding."""
+    """Values [B, N] in raster order, brought into the order of decoding, int64 [N] or [B, N]."""
     return values[:, order] if order.dim() == 1 else values.gather(1, order)
 
 
 def _in_raster(values: Tensor, order: Tensor) -> Tensor:
-    """Values [B, N] in the order of decoding, brought into raster order."""
-    return torch.empty_like(values).scatter_(1, order.expand_as(values), values)
+    """Values [B, N] or [B, N, C] in the order of decoding, brought into raster order."""
+    places = order.expand(values.shape[:2])
+    if values.dim() == 3:
+        places = places[..., None].expand_as(values)
+    return torch.empty_like(values).scatter_(1, places, values)
 
 
 def _embed_condition(generator: Transformer, condition: Tensor, branches: int) -> Tensor:

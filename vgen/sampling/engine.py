@@ -123,8 +123,7 @@ class Decoder:
                 f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
             )
         self.generator, self.plan = generator, plan
-        # Captions are looked up on the host.
-        fixed = plan.policy is None and not generator.num_context
+        fixed = plan.policy is None and not generator.works_on_host
         self.recorded = fixed and engine != "eager" and (on_cuda or record is not None)
         self._own_record, self._largest = record, largest
         self._record: Record = record or GraphRecorder()
@@ -152,7 +151,7 @@ class Decoder:
         request = Request.make(
             condition, seed=sampling.seed, sample_index=sample_index, padding=padding, known_ids=known_ids, known=known
         )
-        check_request(self.generator, self.plan, request)
+        check_request(self.generator, self.plan, request, sampling)
         # What autocast keeps of the weights dies with its context, a recording would go on reading it.
         if not self.recorded or watch is not None or torch.is_autocast_enabled(self.generator.device.type):
             return self._run(request, sampling, spatial, num_passes, watch)

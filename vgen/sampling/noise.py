@@ -5,10 +5,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vgen.random import keyed_uniform
+from vgen.random import keyed_normal, keyed_uniform
 from vgen.sampling.filters import pick_tokens
 
-_DRAW_STREAM = 0
+_DRAW_STREAM, _NORMAL_STREAM = 0, 5
 
 
 class Noise(Protocol):
@@ -28,6 +28,9 @@ class Noise(Protocol):
 
     def uniform(self, index: Tensor, trial: Tensor, stream: int) -> Tensor:
         """Uniform numbers [B, n] in [0, 1) for order indices int64 [B, n], trial int64 [B, 1] and a stream >= 1."""
+
+    def normal(self, index: Tensor, channels: int, step: int) -> Tensor:
+        """Standard normal numbers float32 [B, n, channels] for order indices int64 [B, n] and a step of a diffusion."""
 
 
 class KeyedNoise:
@@ -53,6 +56,15 @@ class KeyedNoise:
 
     def uniform(self, index: Tensor, trial: Tensor, stream: int) -> Tensor:
         """Uniform numbers; arguments as in :class:`Noise`."""
-        order = self._order
-        places = order[index] if order.dim() == 1 else order.gather(1, index)
-        return keyed_uniform(self._seed, self._sample, places, trial, stream)
+        return keyed_uniform(self._seed, self._sample, self._places(index), trial, stream)
+
+    def normal(self, index: Tensor, channels: int, step: int) -> Tensor:
+        """Normal numbers; arguments as in :class:`Noise`."""
+        channel = torch.arange(channels, device=index.device)
+        return keyed_normal(
+            self._seed, self._sample[:, :, None], self._places(index)[:, :, None], step, _NORMAL_STREAM, channel
+        )
+
+    def _places(self, index: Tensor) -> Tensor:
+        """Raster positions of order indices int64 [B, n]."""
+        return self._order[index] if self._order.dim() == 1 else self._order.gather(1, index)

@@ -7,12 +7,14 @@ from math import prod
 from typing import get_args
 
 import torch
+from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.random import keyed_permutation
 from vgen.schedules.building import Step, check_grid, make_plan
+from vgen.schedules.course import Policy
 from vgen.schedules.masking import Masking, Ratio, check_ratio
-from vgen.schedules.plan import Kind, Plan
+from vgen.schedules.plan import Grid, Kind, Plan
 from vgen.schedules.unmasking import Confidence, Unmasking
 
 
@@ -70,15 +72,47 @@ def masked(
         softmax_annealing=softmax_annealing,
         confidence=confidence,
     )
+    example = keyed_permutation(tokens, 0)
+    kept = [tokens - opened for opened in policy.open_before()] + [tokens]
+    return bidirectional_plan(
+        name="masked",
+        grid=sides,
+        num_condition=num_condition,
+        decided=[example[start:end].sort().values for start, end in pairwise(kept)],
+        policy=policy,
+        masking=Masking(ratio),
+    )
+
+
+def bidirectional_plan(
+    *,
+    name: str,
+    grid: Grid,
+    num_condition: int,
+    decided: Sequence[Tensor],
+    masking: Masking,
+    policy: Policy | None = None,
+    shuffled: bool = False,
+) -> Plan:
+    """Plan whose every pass feeds the condition and all tokens, all of which see all.
+
+    Args:
+        name: see :class:`vgen.schedules.plan.Plan`, like those not described here.
+        grid: token grid.
+        num_condition: number of condition slots.
+        decided: order indices int64 that each pass decides.
+        masking: see :class:`vgen.schedules.plan.Plan`.
+        policy: see :class:`vgen.schedules.plan.Plan`.
+        shuffled: see :class:`vgen.schedules.plan.Plan`.
+    """
+    tokens = prod(grid)
     slots = torch.arange(num_condition + tokens)
     token = slots - num_condition
     is_token = token >= 0
-    example = keyed_permutation(tokens, 0)
-    kept = [tokens - opened for opened in policy.open_before()] + [tokens]
     everything = torch.zeros_like(slots)
     return make_plan(
-        name="masked",
-        grid=sides,
+        name=name,
+        grid=grid,
         num_condition=num_condition,
         order=torch.arange(tokens),
         kind=torch.where(is_token, Kind.TOKEN, Kind.CONDITION),
@@ -88,8 +122,9 @@ def masked(
         level_q=everything,
         level_k=everything,
         reads=torch.stack([slots[is_token], everything[is_token], token[is_token]], dim=1),
-        steps=[Step(slots.tolist(), example[start:end].sort().values.tolist()) for start, end in pairwise(kept)],
+        steps=[Step(slots.tolist(), targets.tolist()) for targets in decided],
         exact=False,
+        shuffled=shuffled,
         policy=policy,
-        masking=Masking(ratio),
+        masking=masking,
     )

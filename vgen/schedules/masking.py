@@ -49,9 +49,11 @@ class Masking:
 
     Attributes:
         ratio: share of hidden tokens over a uniform draw.
+        rounding: of the number of tokens, ``nearest`` or ``up`` (MAR).
     """
 
     ratio: Ratio = "arccos"
+    rounding: Literal["nearest", "up"] = "nearest"
 
     def hidden(self, progress: Tensor, draws: Tensor) -> Tensor:
         """Choose the tokens to hide; at least one per sample.
@@ -64,5 +66,6 @@ class Masking:
             bool [B, N].
         """
         share = hidden_share(self.ratio, progress).clamp(LEAST_SHARE, 1.0)
-        count = (draws.shape[1] * share).round().clamp(min=1)
+        count = draws.shape[1] * share
+        count = (count.round() if self.rounding == "nearest" else count.ceil()).clamp(min=1)
         return draws.argsort(1) < count[:, None]

@@ -194,7 +194,8 @@ class GeneratorModule(TrainingModule):
         compared.
         """
         ids = self.token_ids(batch)
-        order = self.orders(batch["index"], share=1.0, epoch=0) if self.plan.shuffled else None
+        drawn = self.plan.shuffled and self.plan.any_order
+        order = self.orders(batch["index"], share=1.0, epoch=0) if drawn else None
         hidden = self.hidden(batch["index"], epoch=0)
         drop = torch.ones_like(batch["index"], dtype=torch.bool) if self.condition_dropout == 1 else None
         logits = self.generator.logits(ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden)
