@@ -1,4 +1,7 @@
-"""Golden cases of TiTok, TA-TiTok and MaskGIT-VQGAN; losses go to titok_losses.py, recipes to titok_recipes.py."""
+"""Golden cases of TiTok, TA-TiTok and MaskGIT-VQGAN.
+
+Losses go to titok_losses.py, recipes to titok_recipes.py, generators to maskgen.py.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +10,8 @@ from typing import Any
 import torch
 import yaml
 from adapters import EXACT, Case, Check, Tolerance, UnknownCase, compare, compare_manifest, count_parameters
+from adapters.maskgen import is_maskgen
+from adapters.maskgen import run_manifest as run_maskgen
 from adapters.titok_losses import run_discriminator_manifest, run_losses
 from adapters.titok_recipes import run_recipes
 from torch import Tensor, nn
@@ -28,6 +33,8 @@ def run(case: Case) -> list[Check]:
         return run_recipes(case)
     if "block_in.0.weight" in names:
         return run_discriminator_manifest(case)
+    if case.is_manifest and is_maskgen(names):
+        return run_maskgen(case)
     if case.is_manifest and names & {"latent_tokens", "quantize.embedding.weight"}:
         return run_manifest(case)
     if any(name.startswith("discriminator.") for name in names):

@@ -94,8 +94,8 @@ def test_training_logits_depend_only_on_tokens_of_earlier_passes(name):
 @every_order
 def test_decoding_logits_depend_only_on_tokens_of_earlier_passes(name):
     for plan in plans(name, [(4, 4), (2, 6), (4, 10)]):
-        if plan.policy is not None:
-            # What such an order sees is tested beside its policy.
+        if plan.masking is not None or plan.policy is not None:
+            # Given tokens are seen from the first pass on; what such an order sees is tested beside it.
             continue
         generator, total = tiny_generator(plan, vocab_size=VOCAB), plan.num_tokens
         ids = torch.randint(VOCAB, (1, total)).repeat(total + 1, 1)
