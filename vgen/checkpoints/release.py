@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from vgen import __version__
 from vgen.checkpoints.convert import load_strict, read_weights
-from vgen.checkpoints.text_features import read_text_features
+from vgen.checkpoints.text_features import read_captions, read_text_features
 from vgen.errors import UserError
 from vgen.generators.conditioning import TextContext
+from vgen.generators.joint_text import JointText
 from vgen.generators.transformer import Transformer
 from vgen.runtime import git_commit
 from vgen.sampling.engine import Engine
@@ -249,7 +250,7 @@ def load_pipeline(
         extrapolation: decode pictures larger than trained; null = not.
         num_tokens: decide only the first tokens of every sample; null = all. See :mod:`vgen.sampling.prefix`.
         text_features: features of the captions that labels count, for a generator on text. See
-            :func:`vgen.checkpoints.text_features.read_text_features`.
+            :func:`vgen.checkpoints.text_features.read_text_features` and ``read_captions``.
         predict: configuration of :class:`vgen.sampling.first_frames.Start`, for a generator that predicts frames;
             ``data: null`` in it means the data the generator was trained on.
         num_frames: frames of clips longer than trained; null = as trained.
@@ -270,6 +271,8 @@ def load_pipeline(
         )
     if isinstance(generator.condition, TextContext) and text_features is not None:
         generator.condition.attach(read_text_features(text_features))
+    elif isinstance(generator.condition, JointText) and text_features is not None:
+        generator.condition.attach(read_captions(text_features))
     elif text_features is not None:
         raise UserError("text_features has no effect: this generator is not conditioned on text")
     tokenizer = load_tokenizer(folder).to(device)

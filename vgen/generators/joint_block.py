@@ -75,7 +75,9 @@ class JointBlock(nn.Module):
             text_changes = self.text.modulation(view.modulator)
             projected = self.text.before(text, None, text_changes[:2], None)
         both = zip(projected, self.tokens.before(tokens, None, changes[:2], None), strict=True)
-        query, key, value = (torch.cat([one, other], dim=2) for one, other in both)
+        # Without a cache nothing is written, so every part is there.
+        parts = [[part for part in pair if part is not None] for pair in both]
+        query, key, value = (torch.cat(pair, dim=2) for pair in parts)
         seen = self.tokens.attention.look(query, key, value, view, layer)
         seen_text, seen_tokens = seen.tensor_split([self.num_text], dim=1)
         tokens = self.tokens.behind(tokens, seen_tokens, changes[2:])

@@ -123,6 +123,18 @@ class LatentHead(nn.Module):
         self.places = nn.Embedding(num_tokens, dim)
         self.net = DenoisingMLP(channels=channels, condition_dim=dim, width=width, depth=depth)
 
+    def initialise(self) -> None:
+        """Initial weights of MAR: Xavier, normal with deviation 0.02 for the time's network, zero where blocks end."""
+        for name, module in self.net.named_modules():
+            if isinstance(module, nn.Linear):
+                if name.startswith("time_mlp"):
+                    nn.init.normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.net.output, *(m.linear for m in self.net.modules() if isinstance(m, Modulation))):
+            nn.init.zeros_(layer.weight)
+
     def loss(self, states: Tensor, latents: Tensor, hidden: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """Diffusion loss of hidden tokens.
 

@@ -290,7 +290,7 @@ class Transformer(nn.Module):
             raise UserError("this schedule's position queries are told their place by generator.rope=own")
         self.apply(_initialise)
         if latent_head is not None:
-            nn.init.zeros_(latent_head.net.output.weight)
+            latent_head.initialise()
         elif outputs:
             nn.init.zeros_(outputs[0].weight)
 

@@ -44,12 +44,12 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     states: list[Tensor] = []
     pipeline.generate_ids(labels, sample_index, sampling, watch=lambda _, ids: states.append(ids.clone()))
     passes = len(states)
-    undecided = torch.stack([state[0] < 0 for state in states])
+    undecided = torch.stack([_undecided(state)[0] for state in states])
     step = undecided.sum(0).cpu()
     shown = sorted({round(i * (passes - 1) / max(1, MOST_FRAMES - 1)) for i in range(MOST_FRAMES)})
     frames = []
     for number in shown:
-        pictures = _pictures(pipeline, states[number], sample_index, sampling.seed)
+        pictures = _pictures(pipeline, states[number], labels, sample_index, sampling.seed)
         order = draw_passes(step, pipeline.plan.grid, passes=passes, until=number)
         height = max(order.height, pictures.height)
         frame = Image.new("RGB", (order.width + pictures.width + 8, height), (255, 255, 255))
@@ -64,16 +64,22 @@ def animate(pipeline: Pipeline, labels: Tensor, sample_index: Tensor, sampling: 
     return path
 
 
-def _pictures(pipeline: Pipeline, ids: Tensor, sample_index: Tensor, seed: int) -> "Image":
+def _undecided(tokens: Tensor) -> Tensor:
+    """Where ids [B, N] are negative or latents [B, N, C] not numbers, bool [B, N]."""
+    return tokens.isnan().any(-1) if tokens.is_floating_point() else tokens < 0
+
+
+def _pictures(pipeline: Pipeline, ids: Tensor, labels: Tensor, sample_index: Tensor, seed: int) -> "Image":
     """What is decided so far, as one PIL picture of a grid."""
     from PIL import Image
 
-    decided = int((ids[0] >= 0).sum())
-    known = ids
-    if pipeline.tokenizer.decodes_prefixes and bool((ids[:, :decided] >= 0).all()):
-        known = ids[:, :decided]
-    pixels = to_uint8(pipeline.tokenizer.decode_samples(known.clamp(min=0), sample_index.to(ids.device), seed)).cpu()
-    pixels = _greyed(pixels, (ids < 0).cpu(), pipeline)
+    undecided = _undecided(ids)
+    decided = int((~undecided[0]).sum())
+    known = ids.nan_to_num() if ids.is_floating_point() else ids.clamp(min=0)
+    if pipeline.tokenizer.decodes_prefixes and not bool(undecided[:, :decided].any()):
+        known = known[:, :decided]
+    pixels = to_uint8(pipeline.decode_tokens(known, labels, sample_index, seed)).cpu()
+    pixels = _greyed(pixels, undecided.cpu(), pipeline)
     columns = max(1, round(len(pixels) ** 0.5))
     if pixels.dim() == 5:
         pixels, columns = strips(pixels, most=_STRIP)

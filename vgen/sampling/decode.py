@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,7 +223,9 @@ def run_passes(
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
-        moment = index + after if by_pass else decided + after * forward.targets.shape[-1]
+        moment = index if by_pass else decided
+        if after:
+            moment = index + 1 if by_pass else _known_after(plan, moment + forward.targets.shape[-1])
         if branches == 2 and isinstance(moment, int) and moment > last_guided:
             branches = 1
             if cache is not None:
@@ -358,14 +361,20 @@ def _moments(plan: Plan, sampling: Sampling, last: int, num_passes: int | None) 
     if guidance.along == "passes":
         return range(after, last + after)
     if plan.policy is None:
-        decided = plan.decided_before()
-        return [*decided[1:], plan.num_tokens][:num_passes] if after else decided[:num_passes]
+        before = plan.decided_before()
+        later = [_known_after(plan, decided) for decided in [*before[1:], plan.num_tokens]]
+        return (later if after else before)[:num_passes]
     if after:
         raise UserError(
             f"sampling.guidance.counted=after with along=tokens needs to know how many tokens a pass will decide; with "
             f"this schedule ('{plan.name}') the samples decide: set along=passes"
         )
     return range(last)
+
+
+def _known_after(plan: Plan, decided: Any) -> Any:
+    """Tokens known after a pass, by which it is guided; the last pass counts as leaving one open (MAR's code)."""
+    return min(decided, max(1, plan.num_tokens - 1)) if isinstance(decided, int) else decided
 
 
 def _ordered(values: Tensor, order: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vgen.data.video_transforms import pad_frames
 from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition, TextContext, TokenCondition
+from vgen.generators.joint_text import JointText
 from vgen.generators.transformer import Transformer
 from vgen.pixels import frames_of, from_uint8, resize_pixels, to_uint8
 from vgen.random import keyed_permutation, keyed_uniform
@@ -85,7 +86,9 @@ class Pipeline:
                     "predict=video predict.file=<video>"
                 )
             return self.start.num_classes
-        if not isinstance(condition, ClassCondition | TextContext):
+        if isinstance(condition, JointText):
+            check_decoder_text(condition, self.tokenizer)
+        elif not isinstance(condition, ClassCondition | TextContext):
             raise UserError("labels-to-pictures sampling needs a generator conditioned on classes or captions")
         if self.start is not None:
             raise UserError("predict has no effect: this generator is conditioned on labels, not on first frames")
@@ -143,7 +146,7 @@ class Pipeline:
     ) -> Tensor:
         """Decode ids int64 [B, N] for labels int64 [B] and sample indices int64 [B]; ``watch`` as in ``decode``.
 
-        With ``num_tokens`` the result is [B, num_tokens].
+        With ``num_tokens`` the result is [B, num_tokens]; continuous tokens are float32 [B, N, C].
         """
         self.check_labels(labels)
         given = self.given
@@ -162,10 +165,19 @@ class Pipeline:
     def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pixels float32 [B, 3, H, W] or [B, 3, T, H, W] as the tokenizer decodes them, not clamped."""
         ids = self.generate_ids(labels, sample_index, sampling)
-        pixels = self.pixel_decoder(ids, sample_index.to(ids.device), sampling.seed)
+        pixels = self.decode_tokens(ids, labels, sample_index, sampling.seed)
         if self.start is not None and self.start.paste:
             pixels[:, :, : self.given_frames] = self.first_frames(sample_index)
         return pixels
+
+    def decode_tokens(self, tokens: Tensor, labels: Tensor, sample_index: Tensor, seed: int) -> Tensor:
+        """Pixels of tokens as :meth:`generate_ids` gives them, for labels int64 [B] and sample indices int64 [B]."""
+        condition, head, text = self.generator.condition, self.generator.latent_head, None
+        if isinstance(condition, JointText) and self.tokenizer.text_length:
+            text = condition.decoder_features(labels.to(tokens.device))
+        if head is not None:
+            tokens = tokens / head.latent_scale
+        return self.pixel_decoder(tokens, sample_index.to(tokens.device), seed, text)
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
@@ -185,6 +197,22 @@ class Pipeline:
         self.decoder.forget()
 
 
+def check_decoder_text(condition: JointText, tokenizer: Tokenizer) -> None:
+    """Refuse captions that lack what the decoder of a text-aware tokenizer must be told.
+
+    Raises:
+        UserError: naming the tensor wanted.
+    """
+    length = tokenizer.text_length
+    features = condition.captions.decoder_features
+    if length and (features is None or features.shape[1] != length):
+        found = "are none" if features is None else f"are {features.shape[1]}"
+        raise UserError(
+            f"the tokenizer's decoder sees {length} text features per caption and there {found}: the text features "
+            f"file must hold decoder_features [captions + 1, {length}, width], for TA-TiTok CLIP's normed last layer"
+        )
+
+
 def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:
     """Refuse a generator that does not speak the ids of the tokenizer.
 
@@ -195,6 +223,12 @@ def check_compatible(generator: Transformer, tokenizer: Tokenizer) -> None:
         raise UserError(
             f"generator.vocab_size={generator.vocab_size} differs from the tokenizer's codebook of "
             f"{tokenizer.codebook_size} codes; use the tokenizer the generator was trained with"
+        )
+    channels = 0 if generator.latent_head is None else generator.latent_head.channels
+    if channels != tokenizer.latent_channels:
+        raise UserError(
+            f"the generator's tokens have {channels} channels and the tokenizer's {tokenizer.latent_channels} (0 = "
+            "ids); use the tokenizer the generator was trained with, and for continuous tokens one with a latent head"
         )
     if tuple(generator.grid) != tuple(tokenizer.grid):
         raise UserError(

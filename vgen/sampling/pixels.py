@@ -53,8 +53,12 @@ class PixelDecoder:
         self._decode = torch.compile(decode, dynamic=False) if settings.compile else decode
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
-        """Ids int64 [B, N] of samples int64 [B] to float32 pixels as the tokenizer decodes them, contiguous."""
+    def __call__(self, ids: Tensor, sample_index: Tensor, seed: int, text: Tensor | None = None) -> Tensor:
+        """Tokens of samples int64 [B] to float32 pixels as the tokenizer decodes them, contiguous.
+
+        Arguments as in :meth:`vgen.tokenizers.base.Tokenizer.decode_samples`.
+        """
         dtype = DTYPES[self.settings.dtype]
         with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return self._decode(ids, sample_index, seed).float().contiguous()
+            told = () if text is None else (text,)
+            return self._decode(ids, sample_index, seed, *told).float().contiguous()

@@ -28,7 +28,8 @@ class Guidance:
         schedule: how w moves while decoding.
         convention: ``plain`` or ``one-plus``; power-cosine is plain for TiTok and RAR.
         along: what t counts, ``tokens`` or ``passes``.
-        counted: the pass itself counts (``after``, MaskGen) or not (``before``).
+        counted: the pass itself counts (``after``, MaskGen) or not (``before``). Along tokens the last pass then counts
+            as leaving one open, as in MAR's code; that MaskGen does the same is inferred.
         initial: first weight of linear, >= 0.
         power: exponent of power-cosine, >= 0; 0 gives w = scale throughout.
         start: tokens decided (or passes done) before which w = 1.

@@ -76,9 +76,13 @@ class Tokenizer(Autoencoder):
         grid: shape of the token grid at that size.
         codebook_size: number of distinct ids; ids are 0 .. codebook_size - 1.
         decodes_prefixes: whether `decode` also takes the first k ids of a picture, for any k from 1 to `num_tokens`.
+        latent_channels: channels C of continuous tokens, float [B, N, C] in place of ids; 0 where tokens are ids.
+        text_length: text features that `decode_samples` takes for every sample, 0 for none.
     """
 
     decodes_prefixes = False
+    latent_channels = 0
+    text_length = 0
 
     def __init__(self, *, image_size: int, grid: tuple[int, ...], codebook_size: int):
         super().__init__(image_size=image_size)
@@ -103,17 +107,19 @@ class Tokenizer(Autoencoder):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids int64 [B, N] to float32 pixels [B, 3, H, W], not clamped."""
 
-    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
-        """Decode ids of samples; where decoding draws noise, it is keyed by (seed, sample index), not by the ids.
+    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int, text: Tensor | None = None) -> Tensor:
+        """Decode tokens of samples; where decoding draws noise, it is keyed by (seed, sample index), not by the ids.
 
         Args:
-            ids: int64 [B, N], or [B, k] where the tokenizer decodes prefixes.
+            ids: int64 [B, N], or [B, k] where the tokenizer decodes prefixes; continuous tokens [B, N, C].
             sample_index: int64 [B].
             seed: of the noise.
+            text: float [B, text_length, E], for a tokenizer whose decoder sees text; null = none.
 
         Returns:
             As :meth:`decode`.
         """
+        assert text is None, "only a text-aware tokenizer is told of text"
         return self.decode(ids)
 
     @abstractmethod

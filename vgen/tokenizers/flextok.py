@@ -144,8 +144,9 @@ class FlexTok(Tokenizer):
         noise = self.noise(_content_key(ids) if sample_index is None else sample_index.to(ids.device), seed)
         return self.vae.decode(self.decode_latents(ids, noise, decoding=decoding))
 
-    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int) -> Tensor:
+    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int, text: Tensor | None = None) -> Tensor:
         """Decode with noise keyed by (seed, sample index); arguments and errors as in :meth:`decode`."""
+        assert text is None, "FlexTok sees no text"
         return self.decode(ids, sample_index=sample_index, seed=seed)
 
     def check_ids(self, ids: Tensor) -> None:

@@ -65,7 +65,7 @@ class TiTok(Tokenizer):
         l2_normalize: use unit vectors as codes.
         commitment_weight: weight of the commitment loss.
         bottleneck: ``vq``, ``clustering_vq`` (the same network, whose unused codes move to nearby features in training)
-            or ``gaussian`` (continuous latents without ids, for reconstruction only).
+            or ``gaussian`` (continuous latents without ids, for reconstruction and generators with a latent head).
         kl_weight: weight of the divergence of ``gaussian``.
         latent_layout: ``per_token``, or ``legacy`` for the published two-stage models, see
             :func:`vgen.tokenizers.titok_vit.mix_legacy`.
@@ -130,6 +130,7 @@ class TiTok(Tokenizer):
             raise UserError("bottleneck=gaussian has no two-stage training (as in the original); use head=pixel")
         _check_head(head, proxy_codebook_size, pixel_decoder, painted)
         super().__init__(image_size=image_size, grid=(num_latent_tokens,), codebook_size=codebook_size)
+        self.latent_channels = token_size if gaussian else 0
         self.head, self.proxy_mix, self.text_length, self.text_dim = head, proxy_mix, text_length, text_dim
         self.proxy_codebook_size = proxy_codebook_size
         self.encoder = LatentEncoder(
@@ -198,7 +199,8 @@ class TiTok(Tokenizer):
         if isinstance(self.quantize, GaussianBottleneck):
             raise UserError(
                 "this TiTok has continuous latents (bottleneck=gaussian) and therefore no token ids; it can be trained "
-                "and its reconstructions measured, but generators need a tokenizer with bottleneck=vq"
+                "and its reconstructions measured, but generators of ids need a tokenizer with bottleneck=vq (or "
+                "choose one with a latent head: generator=maskgen_kl_l)"
             )
         return self.quantize
 
@@ -259,7 +261,7 @@ class TiTok(Tokenizer):
         """Ids to pixels.
 
         Args:
-            ids: int64 [B, K].
+            ids: int64 [B, K]; continuous latents float [B, K, C] with bottleneck gaussian.
             text: features [B, text_length, text_dim] for a text-aware TiTok, which without them sees zeros.
 
         Returns:
@@ -268,9 +270,20 @@ class TiTok(Tokenizer):
         Raises:
             UserError: for another number of ids, unfitting text, or a first stage without a pixel decoder.
         """
+        if self.latent_channels and ids.is_floating_point():
+            if ids.shape[1:] != (self.num_tokens, self.latent_channels):
+                raise UserError(
+                    f"this TiTok decodes latents [B, {self.num_tokens}, {self.latent_channels}], got shape "
+                    f"{list(ids.shape)}"
+                )
+            return self.decode_latents(ids.transpose(1, 2).unsqueeze(2), text)
         if ids.dim() != 2 or ids.shape[1] != self.num_tokens:
             raise UserError(f"this TiTok decodes exactly {self.num_tokens} ids per image, got shape {list(ids.shape)}")
         return self.decode_latents(self._vq().lookup(ids).transpose(1, 2).unsqueeze(2), text)
+
+    def decode_samples(self, ids: Tensor, sample_index: Tensor, seed: int, text: Tensor | None = None) -> Tensor:
+        """Decode without noise; arguments and errors as in :meth:`decode`."""
+        return self.decode(ids, text)
 
     def decode_latents(self, latents: Tensor, text: Tensor | None = None) -> Tensor:
         """Latents [B, C, 1, K] to float32 pixels; text, result and errors as in `decode`."""

@@ -11,7 +11,6 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 
 from vgen.checkpoints.release import load_tokenizer, load_vae, make_plan_for, read_config
-from vgen.checkpoints.text_features import read_text_features
 from vgen.checkpoints.titok import add_pixel_decoder
 from vgen.data.codes import tokenizer_fingerprint
 from vgen.data.extract import cache_codes
@@ -20,8 +19,9 @@ from vgen.data.source import CodeSource, DataSource, ImageDataset
 from vgen.errors import UserError
 from vgen.generators.conditioning import TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
+from vgen.generators.joint_text import Captions, JointText
 from vgen.runtime import rank, world_size
-from vgen.sampling.pipeline import check_compatible
+from vgen.sampling.pipeline import check_compatible, check_decoder_text
 from vgen.schedules.check import check_plan
 from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Grid, Plan
@@ -30,7 +30,9 @@ from vgen.tokenizers.base import Autoencoder, Tokenizer
 from vgen.tokenizers.flextok import FlexTok
 from vgen.tokenizers.titok import TiTok
 from vgen.training.flextok_module import FlexTokModule
+from vgen.training.generator_inputs import check_tokens, read_texts
 from vgen.training.generator_module import GeneratorModule
+from vgen.training.latent_module import LatentModule
 from vgen.training.module import TrainingModule
 from vgen.training.proxy_module import ProxyModule
 from vgen.training.settings import Node, make
@@ -217,18 +219,18 @@ def build_generator(config: Node) -> Parts:
         raise UserError(f"task.tokenizer={release} does not exist; train a tokenizer first and give its release folder")
     read_config(release, "tokenizer")
     tokenizer = load_tokenizer(release)
-    if not tokenizer.codebook_size:
-        raise UserError(f"task.tokenizer={release} has continuous latents and no token ids; use one with a codebook")
+    check_tokens(config["generator"], task, tokenizer)
     source = make(config["data"], "data")
     _check_data(source, tokenizer)
-    texts = None if task["text_features"] is None else read_text_features(task["text_features"])
+    texts = read_texts(config["generator"], task)
     network = complete_generator(
         config["generator"],
         config["schedule"],
         vocab_size=tokenizer.codebook_size,
         grid=tokenizer.grid,
         num_classes=source.num_classes,
-        codebook_dim=tokenizer.codebook.shape[1],
+        codebook_dim=tokenizer.codebook.shape[1] if tokenizer.codebook_size else 0,
+        latent_channels=tokenizer.latent_channels,
         texts=texts,
     )
     generator = make(network, "generator")
@@ -237,11 +239,13 @@ def build_generator(config: Node) -> Parts:
     if isinstance(generator.tok_embeddings, CodebookEmbedding):
         generator.tok_embeddings.load_codebook(tokenizer.codebook, std=task["codebook_std"])
     _check_condition(task, generator.condition, source, tokenizer)
+    if isinstance(generator.condition, JointText):
+        check_decoder_text(generator.condition, tokenizer)
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
     generator.check_plan(plan)
     check_plan(plan)
-    module = GeneratorModule(
+    module = (LatentModule if tokenizer.latent_channels else GeneratorModule)(
         generator=generator,
         tokenizer=tokenizer,
         plan=plan,
@@ -266,7 +270,8 @@ def complete_generator(
     grid: Grid,
     num_classes: int,
     codebook_dim: int = 0,
-    texts: Tensor | None = None,
+    latent_channels: int = 0,
+    texts: Tensor | Captions | None = None,
 ) -> Node:
     """Fill in what a generator takes from its tokenizer, its data and its schedule.
 
@@ -277,7 +282,9 @@ def complete_generator(
         grid: token grid of the tokenizer.
         num_classes: classes of the data.
         codebook_dim: width of the tokenizer's codes, for ``generator.codebook_dim=auto``.
-        texts: features of the caption of every class, [num_classes, T, E], for a generator conditioned on text.
+        latent_channels: channels of the tokenizer's continuous tokens, 0 for ids.
+        texts: features of the caption of every class, [num_classes, T, E], for a generator conditioned on text; with
+            joint streams those of every class and of the empty string.
 
     Returns:
         Complete constructor arguments.
@@ -287,9 +294,9 @@ def complete_generator(
     """
     condition = dict(generator["condition"])
     kind = get_class(condition["_target_"])
-    if texts is not None and kind is not TextContext:
+    if texts is not None and kind not in (TextContext, JointText):
         raise UserError("task.text_features has no effect on this generator; choose one such as flextok_ar_text_d12")
-    if kind is TextContext:
+    if kind in (TextContext, JointText):
         _fill_text(condition, texts, num_classes)
     elif kind is TokenCondition:
         _fill(condition, "num_tokens", prod(grid), "generator.condition", "the tokens of the first frames")
@@ -298,6 +305,11 @@ def complete_generator(
     network = {**generator, "condition": condition}
     _fill(network, "vocab_size", vocab_size, "generator", "the tokenizer's codebook")
     _fill(network, "grid", list(grid), "generator", "the tokenizer's token grid")
+    if network.get("latent_head") is not None:
+        head = {**network["latent_head"]}
+        _fill(head, "channels", latent_channels, "generator.latent_head", "the tokenizer's latents")
+        _fill(head, "num_tokens", prod(grid), "generator.latent_head", "the tokenizer's token grid")
+        network["latent_head"] = head
     slots = make(condition, "generator.condition").num_slots
     plan: Plan = make(schedule, "schedule")(grid=grid, num_condition=slots)
     _fill(network, "num_readouts", plan.num_heads, "generator", "the schedule's output heads")
@@ -311,15 +323,19 @@ def complete_generator(
     return network
 
 
-def _fill_text(condition: Node, texts: Tensor | None, num_classes: int) -> None:
+def _fill_text(condition: Node, texts: Tensor | Captions | None, num_classes: int) -> None:
     if texts is None or len(texts) != num_classes:
         found = "none is given" if texts is None else f"the file has {len(texts)} captions"
+        also = " and, last, of the empty string" if isinstance(texts, Captions) else ""
         raise UserError(
             f"this generator is conditioned on text: task.text_features must name a safetensors file with the features "
-            f"of one caption for each of the {num_classes} classes of the data; {found}"
+            f"of one caption for each of the {num_classes} classes of the data{also}; {found}"
         )
-    _fill(condition, "num_features", texts.shape[1], "generator.condition", "task.text_features")
-    _fill(condition, "caption_dim", texts.shape[2], "generator.condition", "task.text_features")
+    features = texts.features if isinstance(texts, Captions) else texts
+    _fill(condition, "num_features", features.shape[1], "generator.condition", "task.text_features")
+    _fill(condition, "caption_dim", features.shape[2], "generator.condition", "task.text_features")
+    if isinstance(texts, Captions):
+        _fill(condition, "pooled_dim", texts.pooled.shape[1], "generator.condition", "task.text_features")
 
 
 def _fill(node: Node, name: str, value: Any, key: str, owner: str) -> None:
