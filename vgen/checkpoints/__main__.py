@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.utils import get_class
 
 import vgen
 from vgen.checkpoints.flextok import flextok_config, load_flextok, load_published_vae, published_vae_config
 from vgen.checkpoints.llamagen_gpt import load_llamagen_gpt
 from vgen.checkpoints.llamagen_vq import load_llamagen_vq
+from vgen.checkpoints.maskgen import load_maskgen
 from vgen.checkpoints.maskgit import load_maskgit
 from vgen.checkpoints.nar import load_nar
 from vgen.checkpoints.par import load_par
@@ -20,6 +22,7 @@ from vgen.checkpoints.rar import load_rar
 from vgen.checkpoints.release import build, make_plan_for, read_config, save_release
 from vgen.checkpoints.titok import load_maskgit_vqgan
 from vgen.errors import UserError, reported
+from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -28,6 +31,8 @@ CONFIGS = Path(vgen.__file__).parents[1] / "configs"
 VQ_PRESETS = ("vq16", "vq8", "maskgit_vqgan")
 FAMILIES: dict[str, tuple[str, Callable[[Transformer, Path], None]]] = {
     "llamagen": ("raster", load_llamagen_gpt),
+    "maskgen_kl": ("masked_random", load_maskgen),
+    "maskgen_vq": ("masked", load_maskgen),
     "maskgit": ("masked", load_maskgit),
     "nar": ("neighboring", load_nar),
     "par": ("parallel", load_par),
@@ -117,7 +122,7 @@ def import_vae(file: Path, image_size: int, out: Path) -> Path:
 def import_generator(
     file: Path, family: str, size: str, tokenizer_release: Path, out: Path, options: dict[str, Any]
 ) -> Path:
-    """Write the release of a published class-conditional ImageNet generator.
+    """Write the release of a published generator, class-conditional on ImageNet or conditional on text.
 
     Args:
         file: such as ``c2i_L_256.pt``.
@@ -137,11 +142,13 @@ def import_generator(
     condition = {
         "_target_": "vgen.generators.conditioning.ClassCondition",
         **sizes.get("condition", {}),
-        "num_classes": 1000,
         "dim": sizes["dim"],
     }
-    slots = condition.get("num_prefix", 0) + 1
-    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=slots)
+    data: dict[str, Any] = {"name": "captions"}
+    if get_class(condition["_target_"]) is ClassCondition:
+        condition["num_classes"] = 1000
+        data = {"name": "imagenet", "num_classes": 1000}
+    plan: Plan = build(schedule)(grid=tokenizer.grid, num_condition=build(condition).num_slots)
     config = {
         **sizes,
         "_target_": "vgen.generators.transformer.Transformer",
@@ -153,22 +160,32 @@ def import_generator(
         "position_queries": plan.has_queries,
         "mask_token": plan.masking is not None,
     }
+    if "latent_head" in sizes:
+        head = {"dim": sizes["dim"], "channels": tokenizer.latent_channels, "num_tokens": tokenizer.num_tokens}
+        config["latent_head"] = {"width": sizes["dim"], **_without_links(sizes["latent_head"]), **head}
     generator = build(config)
     assert isinstance(generator, Transformer)
     load(generator, file)
     generator.check_plan(make_plan_for(generator, schedule))
-    extra = {"schedule": schedule, "source": file.name, "data": {"name": "imagenet", "num_classes": 1000}}
+    extra = {"schedule": schedule, "source": file.name, "data": data}
     return save_release(out, generator, config, kind="generator", extra=extra, tokenizer=tokenizer_release)
+
+
+def _without_links(node: dict[str, Any]) -> dict[str, Any]:
+    """Entries of a preset that state their own values; links such as ``${..dim}`` are for the configuration alone."""
+    return {name: value for name, value in node.items() if not str(value).startswith("${")}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m vgen.checkpoints",
-        description="Turn published ImageNet weights into release folders for sample.py and evaluate.py.",
+        description="Turn published weights into release folders for sample.py and evaluate.py.",
         epilog="example: python -m vgen.checkpoints --vq vq_ds16_c2i.pt --generator c2i_L_256.pt --size l "
         "--image-size 256 --out releases/llamagen_l_256; RAR: --vq maskgit-vqgan-imagenet-f16-256.bin "
-        "--vq-preset maskgit_vqgan --generator rar_b.bin --family rar --size rar_b --out releases/rar_b",
+        "--vq-preset maskgit_vqgan --generator rar_b.bin --family rar --size rar_b --out releases/rar_b; "
+        "MaskGen: --tokenizer releases/tatitok_bl128_vq --generator maskgen_vq_l.bin --family maskgen_vq "
+        '--size maskgen_vq_l --schedule \'{"steps": 16, "noise_temperature": 2.0}\' --out releases/maskgen_vq_l',
     )
     tokenizers = parser.add_mutually_exclusive_group(required=True)
     tokenizers.add_argument("--vq", type=Path, help="tokenizer of LlamaGen (vq_ds16_c2i.pt, vq_ds8_c2i.pt) or MaskGIT")
@@ -182,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="what --vq is; RAR and some RandAR weights speak the ids of maskgit_vqgan",
     )
     parser.add_argument("--image-size", type=int, default=256, help="side in pixels the weights were trained at")
-    parser.add_argument("--generator", type=Path, help="class-conditional generator; without it only the tokenizer")
+    parser.add_argument("--generator", type=Path, help="generator; without it only the tokenizer")
     parser.add_argument("--family", choices=sorted(FAMILIES), default="llamagen")
     parser.add_argument("--size", default="l", help="preset of configs/generator: b, m, l, xl, xxl, 3b ...")
     parser.add_argument("--schedule", type=json.loads, default={}, help='schedule options as JSON, {"regions": 4}')

@@ -114,6 +114,12 @@ def to_published(state: StateDict) -> StateDict:
     return published
 
 
+def denoiser_to_ours(state: StateDict) -> StateDict:
+    """The diffusion network alone, as MAR names it (``net.*`` without the prefix)."""
+    renamed = rename({_replaced(f"diffloss.net.{name}", _INNER): value for name, value in state.items()}, _KL)
+    return {name.removeprefix("latent_head.net."): value for name, value in renamed.items()}
+
+
 def _joined(state: StateDict) -> StateDict:
     """One query-key-value projection per stream instead of three."""
     joined: dict[str, dict[str, Tensor]] = {}

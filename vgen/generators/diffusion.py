@@ -79,13 +79,20 @@ class Diffusion:
         bound = torch.where(index == 0, -likelihood.mean(-1), divergence.mean(-1)) / math.log(2.0)
         return (guess - noise).square().mean(-1) + bound
 
-    def sample(self, predict: Predict, noises: Callable[[int], Tensor], temperature: float = 1.0) -> Tensor:
+    def sample(
+        self,
+        predict: Predict,
+        noises: Callable[[int], Tensor],
+        temperature: float = 1.0,
+        largest: float | None = None,
+    ) -> Tensor:
         """Draw vectors.
 
         Args:
             predict: as in :meth:`loss`; all vectors are at the same step, int64 [1].
             noises: step of the chain counted from its noisy end -> float32 [..., C], standard normal; 0 is the start.
             temperature: factor of the noise of every step after the start.
+            largest: bound of the vectors that a step foresees; null = none.
 
         Returns:
             float32 [..., C].
@@ -96,15 +103,19 @@ class Diffusion:
         for step in reversed(range(len(times))):
             here = {name: table[step] for name, table in tables.items()}
             guess, spread = predict(state, times[step : step + 1]).float().chunk(2, dim=-1)
-            state, log_variance = _posterior(here, state, guess, spread)
+            state, log_variance = _posterior(here, state, guess, spread, largest)
             if step:
                 state = state + temperature * (0.5 * log_variance).exp() * noises(len(times) - step)
         return state
 
 
-def _posterior(tables: dict[str, Tensor], state: Tensor, guess: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+def _posterior(
+    tables: dict[str, Tensor], state: Tensor, guess: Tensor, spread: Tensor, largest: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and log-variance of the step before, given the noise and the spread that a network predicts."""
     start = (state - tables["noise"] * guess) / tables["signal"]
+    if largest is not None:
+        start = start.clamp(-largest, largest)
     mean = tables["from_start"] * start + tables["from_state"] * state
     share = (spread + 1.0) / 2.0
     return mean, share * tables["high"] + (1.0 - share) * tables["low"]

@@ -95,6 +95,8 @@ class LatentHead(nn.Module):
         latent_scale: the generator works on the tokenizer's latents times this.
         train_steps: steps of the diffusion.
         repeats: how often training draws step and noise for every latent.
+        largest: bound of the latents foreseen while drawing; null = none, as published. The first steps magnify errors
+            of the predicted noise so much that a network trained for a short time needs a bound.
 
     Raises:
         UserError: for a number out of range.
@@ -111,6 +113,7 @@ class LatentHead(nn.Module):
         latent_scale: float = 0.7525,
         train_steps: int = 1000,
         repeats: int = 4,
+        largest: float | None = None,
     ) -> None:
         super().__init__()
         if min(channels, num_tokens, width, depth, repeats) < 1 or train_steps < 2 or latent_scale <= 0:
@@ -119,7 +122,9 @@ class LatentHead(nn.Module):
                 "at least 2 and latent_scale positive"
             )
         self.channels, self.latent_scale = channels, latent_scale
-        self.train_steps, self.repeats = train_steps, repeats
+        if largest is not None and largest <= 0:
+            raise UserError(f"generator.latent_head.largest={largest} must be positive, or null for none")
+        self.train_steps, self.repeats, self.largest = train_steps, repeats, largest
         self.places = nn.Embedding(num_tokens, dim)
         self.net = DenoisingMLP(channels=channels, condition_dim=dim, width=width, depth=depth)
 
@@ -188,4 +193,4 @@ class LatentHead(nn.Module):
             null = others[0].chunk(2, dim=-1)[0]
             return torch.cat([null + weight * (guess - null), spread], dim=-1)
 
-        return Diffusion.over(self.train_steps, steps).sample(predict, noises, temperature)
+        return Diffusion.over(self.train_steps, steps).sample(predict, noises, temperature, self.largest)

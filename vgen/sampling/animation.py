@@ -78,7 +78,8 @@ def _pictures(pipeline: Pipeline, ids: Tensor, labels: Tensor, sample_index: Ten
     known = ids.nan_to_num() if ids.is_floating_point() else ids.clamp(min=0)
     if pipeline.tokenizer.decodes_prefixes and not bool(undecided[:, :decided].any()):
         known = known[:, :decided]
-    pixels = to_uint8(pipeline.decode_tokens(known, labels, sample_index, seed)).cpu()
+    tokens, text = pipeline.for_tokenizer(known, labels)
+    pixels = to_uint8(pipeline.tokenizer.decode_samples(tokens, sample_index.to(ids.device), seed, text)).cpu()
     pixels = _greyed(pixels, undecided.cpu(), pipeline)
     columns = max(1, round(len(pixels) ** 0.5))
     if pixels.dim() == 5:

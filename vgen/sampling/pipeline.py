@@ -165,19 +165,18 @@ class Pipeline:
     def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pixels float32 [B, 3, H, W] or [B, 3, T, H, W] as the tokenizer decodes them, not clamped."""
         ids = self.generate_ids(labels, sample_index, sampling)
-        pixels = self.decode_tokens(ids, labels, sample_index, sampling.seed)
+        tokens, text = self.for_tokenizer(ids, labels)
+        pixels = self.pixel_decoder(tokens, sample_index.to(ids.device), sampling.seed, text)
         if self.start is not None and self.start.paste:
             pixels[:, :, : self.given_frames] = self.first_frames(sample_index)
         return pixels
 
-    def decode_tokens(self, tokens: Tensor, labels: Tensor, sample_index: Tensor, seed: int) -> Tensor:
-        """Pixels of tokens as :meth:`generate_ids` gives them, for labels int64 [B] and sample indices int64 [B]."""
+    def for_tokenizer(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens of :meth:`generate_ids` as the tokenizer decodes them, and the text it is told of labels [B]."""
         condition, head, text = self.generator.condition, self.generator.latent_head, None
         if isinstance(condition, JointText) and self.tokenizer.text_length:
             text = condition.decoder_features(labels.to(tokens.device))
-        if head is not None:
-            tokens = tokens / head.latent_scale
-        return self.pixel_decoder(tokens, sample_index.to(tokens.device), seed, text)
+        return (tokens if head is None else tokens / head.latent_scale), text
 
     @torch.inference_mode()
     def generate(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
