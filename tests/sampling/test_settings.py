@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 
@@ -74,3 +75,11 @@ def test_power_cosine_equals_the_published_table():
             assert guidance.weight(t, len(entry["values"])) == pytest.approx(value, abs=1e-4)
             checked += 1
     assert checked
+
+
+def test_maskgen_counts_the_pass_itself_and_adds_the_guidance_to_the_condition():
+    """s_r = 1 + (s - 1) (1 - cos(pi r)) / 2 with r = (pass + 1) / passes; logits = cond + (cond - uncond) s_r."""
+    guidance = Guidance(scale=12.0, schedule="power-cosine", convention="one-plus", along="passes", counted="after")
+    assert guidance.weight(16, 16) == pytest.approx(13.0)
+    assert guidance.weight(8, 16) == pytest.approx(1 + 1 + 11 / 2)
+    assert guidance.weight(1, 16) == pytest.approx(2 + 11 * (1 - math.cos(math.pi / 16)) / 2)

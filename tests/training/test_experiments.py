@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.generators.helpers import captions
 from tests.paths import CONFIGS
 from tests.training.helpers import composed
 from vgen.generators.transformer import Transformer
@@ -36,6 +37,11 @@ PARAMETERS = {
     "larp_ar_k600": 633_157_120,
     "nar_video_l": 368_736_256,
     "nar_video_lp": 693_588_480,
+    # The published numbers, of the VQ models without the 1,001 unused rows of their token table.
+    "maskgen_vq_l": 604_311_552 - 1001 * 1024,
+    "maskgen_vq_xl": 1_176_611_840 - 1001 * 1280,
+    "maskgen_kl_l": 641_364_000,
+    "maskgen_kl_xl": 1_237_345_312,
 }
 # Tokenizers that generator recipes expect as a release.
 TOKENS = {
@@ -47,6 +53,8 @@ TOKENS = {
     "digits_flextok_ar": (200, (16,), 10),
     "cifar10_flextok_ar": (12800, (64,), 10),
     "imagenet256_flextok_ar": (64000, (256,), 1000),
+    **{f"maskgen_vq_{size}": (8192, (128,), 2) for size in ("l", "xl")},
+    **{f"maskgen_kl_{size}": (0, (32,), 2) for size in ("l", "xl")},
     **{f"larp_ar_{size}": (8192, (1024,), 101) for size in ("l", "lp", "k600")},
     **{f"nar_video_{size}": (8192, (4, 16, 16), 101) for size in ("l", "lp")},
     **{f"moving_digits_{kind}": (240, (3, 6, 6), 10) for kind in ("raster", "neighboring", "parallel", "prediction")},
@@ -55,6 +63,8 @@ TOKENS = {
 
 def settings_of(recipe: str) -> dict:
     needed = [] if "digits" in recipe else ["data.path=/somewhere", "++task.tokenizer=/release"]
+    if recipe.startswith("maskgen"):
+        needed.append("task.text_features=/texts.safetensors")
     return resolve(composed(f"experiment={recipe}", *needed))
 
 
@@ -77,6 +87,8 @@ def test_recipe_builds(recipe):
             grid=grid,
             num_classes=classes,
             codebook_dim=8,
+            latent_channels=0 if vocabulary else 16,
+            texts=captions(classes, features=77, width=768, pooled=768) if recipe.startswith("maskgen") else None,
         )
     with torch.device("meta"):
         network = make(arguments, key)

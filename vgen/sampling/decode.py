@@ -148,7 +148,9 @@ def check_request(generator: Transformer, plan: Plan, request: Request, sampling
     Raises:
         UserError: if the plan or the sampling settings do not fit the generator, or the known tokens the plan.
     """
-    _check_sampling(generator, sampling, request)
+    check_sampling(generator, sampling)
+    if generator.latent_head is not None and request.known is not None:
+        raise UserError("continuous tokens cannot be given yet: leave edit and predict out with this generator")
     generator.check_plan(plan)
     assert not generator.training, "decode needs generator.eval()"
     assert request.order is None or plan.any_order, "an order per sample needs a plan of any order"
@@ -309,13 +311,16 @@ def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: 
     return order
 
 
-def _check_sampling(generator: Transformer, sampling: Sampling, request: Request) -> None:
+def check_sampling(generator: Transformer, sampling: Sampling) -> None:
+    """Refuse settings that have no effect on the tokens of a network.
+
+    Raises:
+        UserError: naming what to set.
+    """
     if generator.latent_head is None:
         if sampling.diffusion_steps is not None:
             raise UserError("sampling.diffusion_steps has no effect: this generator draws token ids; set it to null")
         return
-    if request.known is not None:
-        raise UserError("continuous tokens cannot be given yet: leave edit and predict out with this generator")
     if sampling.greedy or sampling.top_k or sampling.top_p != 1.0:
         raise UserError(
             "continuous tokens are drawn by diffusion; sampling.greedy, top_k and top_p have no effect on them: set "

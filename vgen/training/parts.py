@@ -21,6 +21,7 @@ from vgen.generators.conditioning import TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.generators.joint_text import Captions, JointText
 from vgen.runtime import rank, world_size
+from vgen.sampling.decode import check_sampling
 from vgen.sampling.pipeline import check_compatible, check_decoder_text
 from vgen.schedules.check import check_plan
 from vgen.schedules.moves import moves_of
@@ -243,6 +244,7 @@ def build_generator(config: Node) -> Parts:
         check_decoder_text(generator.condition, tokenizer)
     plan = make_plan_for(generator, config["schedule"])
     check_compatible(generator, tokenizer)
+    check_sampling(generator, make(config["sampling"], "sampling"))
     generator.check_plan(plan)
     check_plan(plan)
     module = (LatentModule if tokenizer.latent_channels else GeneratorModule)(
