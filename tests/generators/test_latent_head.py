@@ -119,6 +119,28 @@ def test_guidance_reaches_the_draws_and_the_null_branch_runs_only_where_it_count
     assert not torch.allclose(before, after)
 
 
+def test_the_guidance_of_maskgen_follows_the_tokens_known_after_each_pass():
+    """1 + (cfg - 1) (K - remaining) / K, where MAR counts one token as remaining in the last pass."""
+    generator, weights = network(), []
+    draw = generator.latent_head.draw
+
+    def recorded(states, places, weight, *arguments, **options):
+        weights.append(weight)
+        return draw(states, places, weight, *arguments, **options)
+
+    generator.latent_head.draw = recorded
+    guidance = Guidance(scale=3.0, schedule="linear", initial=1.0, counted="after")
+    decode(
+        generator, PLAN, LABELS, sampling=Sampling(diffusion_steps=2, guidance=guidance), sample_index=torch.arange(3)
+    )
+    known = [*PLAN.decided_before()[1:], 5]
+    assert weights == pytest.approx([1 + 2 * count / 6 for count in known])
+    plan = masked(grid=(2, 3), num_condition=3, steps=2)
+    tokens = tiny_joint(plan)
+    with pytest.raises(UserError, match="set along=passes"):
+        decode(tokens, plan, LABELS, sampling=Sampling(guidance=guidance), sample_index=INDEX)
+
+
 def test_a_small_network_learns_latents_and_draws_them():
     """Four captions, six latents each: the loss of MaskGen-KL, then its sampler."""
     torch.manual_seed(0)

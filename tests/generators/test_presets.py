@@ -93,7 +93,8 @@ SMALL = {
 
 def test_every_preset_is_checked_or_small():
     names = {path.stem for path in (CONFIGS / "generator").glob("*.yaml")}
-    # Those of RAR, MaskGIT, NAR's video and LARP's generators are compared with the manifests of the published files.
+    # Those of RAR, MaskGIT, MaskGen, NAR's video and LARP's generators are compared with the manifests of the files.
     by_manifest = {"m", "rar_base", "rar_b", "rar_l", "rar_xl", "rar_xxl", "maskgit_vit", "maskgit_uvit"}
     by_manifest |= {"nar_video_l", "nar_video_lp", "larp_ar_l", "larp_ar_lp"}
+    by_manifest |= {"maskgen_base", "maskgen_vq_l", "maskgen_vq_xl", "maskgen_kl_l", "maskgen_kl_xl"}
     assert names - set(PUBLISHED) - set(INFERRED) - set(FLEXTOK) - by_manifest == SMALL

@@ -8,6 +8,7 @@ from tests.generators.helpers import captions
 from tests.training.helpers import COMMON, GENERATOR, column, load, run, same
 from vgen.checkpoints.release import load_pipeline
 from vgen.errors import UserError
+from vgen.sampling.animation import animate
 from vgen.sampling.settings import Sampling
 from vgen.training import run as run_module
 
@@ -90,12 +91,14 @@ def test_a_run_trains_validates_shows_pictures_and_releases(name, tokenizers, te
     sampling = Sampling(diffusion_steps=3 if name == "maskgen_kl_l" else None)
     pictures = pipeline.generate(torch.tensor([1, 10]), torch.tensor([0, 1]), sampling)
     assert pictures.shape == (2, 3, 8, 8)
+    animate(pipeline, torch.tensor([1, 10]), torch.tensor([0, 1]), sampling, tmp_path / "decode.gif")
+    assert (tmp_path / "decode.gif").is_file()
     with pytest.raises(UserError, match="give text_features"):
         load_pipeline(result.release, device=torch.device("cpu"))
 
 
 def test_a_resumed_run_of_continuous_tokens_goes_on_as_if_never_stopped(tokenizers, texts, tmp_path):
-    words = settings("maskgen_kl_l", tokenizers, texts)
+    words = [*settings("maskgen_kl_l", tokenizers, texts), "every.checkpoint=2"]
     whole = run(tmp_path / "whole", *words, "trainer.max_steps=4", "task.ema.decay=0.9")
     for steps in (2, 4):
         part = run(tmp_path / "part", *words, f"trainer.max_steps={steps}", "task.ema.decay=0.9")

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from vgen.errors import UserError
 from vgen.generators.latent_head import LatentHead
@@ -53,10 +54,10 @@ class LatentModule(GeneratorModule):
             sample = posterior.sample(noise.view_as(posterior.mean))
         return sample[:, :, 0].transpose(1, 2) * self.head.latent_scale
 
-    def objective(self, batch: dict[str, Any], *, epoch: int, drop: Tensor | None) -> Tensor:
-        """Diffusion loss of the hidden tokens; all draws are functions of (seed, epoch, image)."""
+    def objective(self, batch: dict[str, Any], latents: Tensor, *, epoch: int, drop: Tensor | None) -> Tensor:
+        """Diffusion loss of the hidden ones of latents [B, N, C]; all draws are functions of (seed, epoch, image)."""
         head, index = self.head, batch["index"]
-        latents, hidden = self.latents(batch, epoch=epoch), self.hidden(index, epoch=epoch)
+        hidden = self.hidden(index, epoch=epoch)
         assert hidden is not None
         states = self.generator.logits(latents, self.condition(batch), self.plan, drop=drop, hidden=hidden)
         place, repeat, channel = (
@@ -72,11 +73,21 @@ class LatentModule(GeneratorModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Diffusion loss: squared error of the noise plus bits of the variational bound."""
-        loss = self.objective(batch, epoch=self.current_epoch, drop=self.dropped(batch["index"]))
+        drop = self.dropped(batch["index"])
+        loss = self.objective(batch, self.token_ids(batch), epoch=self.current_epoch, drop=drop)
         self.record(loss=loss)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """The same on held-out images, conditions kept (if training keeps any); every image keeps its draws."""
         drop = torch.ones_like(batch["index"], dtype=torch.bool) if self.condition_dropout == 1 else None
-        self.sum_validation(len(batch["index"]), loss=self.objective(batch, epoch=0, drop=drop))
+        loss = self.objective(batch, self.latents(batch, epoch=0), epoch=0, drop=drop)
+        self.sum_validation(len(batch["index"]), loss=loss)
+
+    def flops_per_image(self, batch: dict[str, Any]) -> float:
+        """Operations of forward and backward (twice the forward) per image, those of the latent head included."""
+        one = {name: value[:1] for name, value in batch.items() if isinstance(value, Tensor)}
+        latents = self.latents(one, epoch=0)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.objective(one, latents, epoch=0, drop=None)
+        return 3.0 * counter.get_total_flops()
