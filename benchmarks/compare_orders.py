@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.runtime import pick_device, versions
 from vgen.sampling.decode import decode
+from vgen.sampling.engine import Engine
 from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.catalog import FOLDER
@@ -201,7 +202,7 @@ class Comparison:
         """A trained order, ready to decode by a plan."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         release = self.out / training / "release"
-        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule)
+        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule, engine=self.arguments.engine)
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Finished measurements of a stage."""
@@ -396,6 +397,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=10000, help="per guidance scale")
     parser.add_argument("--final", type=int, default=50000, help="at the best scale")
     parser.add_argument("--batch-size", type=int, default=1000)
+    parser.add_argument("--engine", choices=get_args(Engine), default="auto", help="how plans are decoded")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
