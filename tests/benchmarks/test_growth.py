@@ -4,10 +4,34 @@ import json
 
 from benchmarks import growth
 
-WORDS = (
-    "--size tiny --grid 4x4 --batches 1 2 --sizes tiny --size-batches 1 --grids 2x2 4x4 --grid-batch 2 --vocab 50 "
-    "--dtype float32 --device cpu --orders neighboring --repeats 1"
-).split()
+WORDS = [
+    "--size",
+    "tiny",
+    "--grid",
+    "4x4",
+    "--batches",
+    "1",
+    "2",
+    "--sizes",
+    "tiny",
+    "--size-batches",
+    "1",
+    "--grids",
+    "2x2",
+    "4x4",
+    "--grid-batch",
+    "2",
+    "--vocab",
+    "50",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+    "--orders",
+    "neighboring",
+    "--repeats",
+    "1",
+]
 
 
 def test_every_point_is_measured_once_and_a_stopped_run_goes_on(tmp_path, capsys):
