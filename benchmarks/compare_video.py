@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from benchmarks.compare_orders import timed
@@ -80,7 +79,8 @@ class Comparison:
         if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
             raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-        path.write_text(json.dumps(mine, indent=1))
+        if not path.is_file():
+            path.write_text(json.dumps(mine, indent=1))
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Finished measurements of a stage."""
@@ -186,7 +186,7 @@ class Comparison:
             torch.save(vars(fit), path)
         fit = self._reference()
         for what, clips in (
-            ("real clips", real),
+            ("real clips (the reference)", real),
             ("other real clips", other_clips(train, count, first_key=AGAIN_KEYS)),
             ("real clips, unseen scans", other_clips(held_out, count, first_key=HELD_OUT_KEYS)),
         ):
@@ -236,10 +236,10 @@ class Comparison:
         return load_pipeline(release, device=self.device, dtype=dtype)
 
     def score(self) -> None:
-        """Every order at every setting, then its best setting with more samples; one process per order."""
+        """Every order at every setting, then its best setting with more samples; a process per order with --jobs."""
         done = {row["order"] for row in self.rows("score") if row["final"]}
         missing = [order for order in self.arguments.orders if order not in done]
-        if len(missing) > 1 and torch.cuda.device_count():
+        if len(missing) > 1 and self.arguments.jobs > 1:
             words = [sys.executable, "-m", "benchmarks.compare_video", *self.arguments.words, "--only", "score"]
             run_side_by_side(
                 [
@@ -326,16 +326,20 @@ class Comparison:
             sizes = {"vocab_size": NAR_CODES, "num_classes": UCF_CLASSES}
             generator = make_generator(self.arguments.decode_size, plan, device=self.device, dtype=dtype, **sizes)
             for batch in (batch for other, name, batch in missing if (other, name) == (grid, order)):
-                row = measure(
-                    generator,
-                    plan,
-                    order=order,
-                    batch=batch,
-                    engine="graph" if self.device.type == "cuda" else "eager",
-                    ceilings=ceilings,
-                    sampling=Sampling(guidance=Guidance(scale=2.0)),
-                    repeats=self.arguments.decode_repeats,
-                )
+                try:
+                    row = measure(
+                        generator,
+                        plan,
+                        order=order,
+                        batch=batch,
+                        engine="graph" if self.device.type == "cuda" else "eager",
+                        ceilings=ceilings,
+                        sampling=Sampling(guidance=Guidance(scale=2.0)),
+                        repeats=self.arguments.decode_repeats,
+                    )
+                except torch.OutOfMemoryError:
+                    print(f"{order} at {grid}: a batch of {batch} does not fit in memory", flush=True)
+                    break
                 self.add("decode", {"grid": grid, **vars(row), **vars(ceilings), "device": self.device_name})
 
     # Results

@@ -79,8 +79,8 @@ def _proxy_line(proxy: Mapping[str, float]) -> list[str]:
     if not proxy:
         return []
     return [
-        f"Proxy network: {proxy['test_accuracy']:.1%} of held-out clips (scans never seen) recognised, centre of the digit "
-        f"{proxy['test_centre_error_px']:.2f} px off. Distances over its features are not FVD.",
+        f"Proxy network: {proxy['test_accuracy']:.1%} of held-out clips (scans never seen) recognised, centre "
+        f"of the digit {proxy['test_centre_error_px']:.2f} px off. Distances over its features are not FVD.",
         "",
     ]
 
@@ -98,9 +98,9 @@ def _reference_lines(rows: Sequence[Row]) -> list[str]:
         if "psnr" in row:
             lines += [
                 "",
-                f"Tokenizer, clips of unseen scans in {'x'.join(map(str, row['tokens']))} tokens: PSNR {row['psnr']:.2f} "
-                f"dB, rFD-proxy {row['rfd_proxy']:.3f}, {row['codes_used']:.1%} of the codes used, perplexity "
-                f"{row['perplexity']:.0f}.",
+                f"Tokenizer, clips of unseen scans in {'x'.join(map(str, row['tokens']))} tokens: PSNR "
+                f"{row['psnr']:.2f} dB, rFD-proxy {row['rfd_proxy']:.3f}, {row['codes_used']:.1%} of the codes "
+                f"used, perplexity {row['perplexity']:.0f}.",
             ]
     return [*lines, ""]
 
