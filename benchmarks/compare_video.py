@@ -310,11 +310,13 @@ class Comparison:
     def decode(self) -> None:
         """Random weights at the size of NAR-L for video: cheap orders first, each row kept when it is known."""
         done = {(row["grid"], row["order"], row["batch"]) for row in self.rows("decode")}
+        pairs = [(grid, order) for grid in self.arguments.decode_grids for order in self.arguments.orders]
+        pairs.sort(key=lambda pair: len(make_plan(pair[1], parse_grid(pair[0])).forwards))
+        given = self.arguments
         wanted = [
             (grid, order, batch)
-            for grid in self.arguments.decode_grids
-            for order in sorted(self.arguments.orders, key=lambda name: len(make_plan(name, parse_grid(grid)).forwards))
-            for batch in self.arguments.decode_batch
+            for grid, order in pairs
+            for batch in (given.decode_raster_batch if order == "raster" else given.decode_batch)
         ]
         missing = [key for key in wanted if key not in done]
         if not missing:
@@ -411,6 +413,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode-size", choices=SIZES, default="L")
     parser.add_argument("--decode-grids", nargs="+", default=["5x16x16", "4x16x16"])
     parser.add_argument("--decode-batch", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--decode-raster-batch", type=int, nargs="+", default=[1, 64], help="recording takes long")
     parser.add_argument("--decode-repeats", type=int, default=3)
     parser.add_argument("--set-tokenizer", nargs="*", default=[], metavar="key=value", help="overrides of its training")
     parser.add_argument("--set-generator", nargs="*", default=[], metavar="key=value", help="overrides of every order")

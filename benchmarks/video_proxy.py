@@ -1,7 +1,7 @@
 """A small network that knows moving digits: the stand-in for I3D in a Frechet distance, and the judge of the digit.
 
     python -m benchmarks.video_proxy --out runs/proxy.pt
-    python -m benchmarks.video_proxy --out runs/proxy.pt --data image_size=24 num_frames=9 digit_size=12 --score runs/moving_digits_samples
+    python -m benchmarks.video_proxy --out runs/proxy.pt --score runs/moving_digits_samples
 
 Trained on clips of the training scans to tell the digit and where its centre of mass is in every frame, so that its
 features hold both looks and motion. Distances over its features compare orders with each other; they are not FVD.
