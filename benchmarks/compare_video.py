@@ -144,7 +144,7 @@ class Comparison:
             if (self.out / name / "release").is_dir():
                 continue
             words = [
-                "experiment=moving_digits_orders",
+                "experiment=video_orders",
                 *ORDERS[name],
                 f"data.path={self.out / 'codes'}",
                 f"task.tokenizer={self.tokenizer_release}",

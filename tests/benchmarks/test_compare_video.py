@@ -29,6 +29,7 @@ WORDS = [
     *("--scales", "1", "2", "--temperatures", "1", "--samples", "10", "--final", "20", "--batch-size", "10"),
     *("--decode-size", "tiny", "--decode-grids", "2x4x4", "--decode-batch", "1", "2", "--decode-repeats", "1"),
     *("--set-tokenizer", "trainer=cpu", "num_threads=1", "trainer.max_steps=60", "task.batch_size=4"),
+    *("task.lr_schedule.warmup=1",),
     *("task.num_workers=0", "tokenizer.image_size=16", "tokenizer.num_frames=5", "tokenizer.base_channels=8"),
     *("tokenizer.multipliers=[1,1,1]", "tokenizer.z_channels=8", "tokenizer.num_res_blocks=1", "every.pictures=0"),
     *("every.log=1", "tokenizer.norm_groups=4", "trainer.precision=bf16-mixed"),
