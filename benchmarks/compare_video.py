@@ -368,21 +368,27 @@ class Comparison:
         return not (self.out / "pictures" / f"{name}.gif").is_file()
 
     def _draw(self, name: str, clips: Tensor) -> None:
+        """An MP4 of all clips; GIF and contact sheet of the first ten in 16 grey levels, small enough for a README."""
         folder, clips = self.out / "pictures", clips.cpu()
-        sheet = tiled(clips, columns=10)
-        contact_sheet(clips[:10], folder / f"{name}.png", frames=9)
+        few = (clips[:10].float() / 17).round().mul(17).to(torch.uint8)
+        contact_sheet(few, folder / f"{name}.png", frames=9)
         try:
-            save_mp4(sheet.repeat_interleave(2, 2).repeat_interleave(2, 3), folder / f"{name}.mp4", fps=FPS)
+            save_mp4(_doubled(tiled(clips, columns=10)), folder / f"{name}.mp4", fps=FPS)
         except UserError as error:
             print(f"no {name}.mp4: {error}", flush=True)
         # Last, because it says that the others are there.
-        save_gif(sheet, folder / f"{name}.gif", fps=FPS)
+        save_gif(tiled(few, columns=5), folder / f"{name}.gif", fps=FPS)
 
     def table(self) -> None:
         """video.csv, video.md and video.png from the rows so far."""
         rows = {stage: self.rows(stage) for stage in ("reference", "score", "speed", "decode")}
         proxy = load_proxy(self.out / "proxy.pt", torch.device("cpu"))[1] if (self.out / "proxy.pt").is_file() else {}
         write_table(self.out, rows, proxy)
+
+
+def _doubled(clip: Tensor) -> Tensor:
+    """A clip uint8 [3, T, H, W] at twice its size."""
+    return clip.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 def _clock(seconds: int) -> str:

@@ -10,25 +10,17 @@ import time
 
 import pytest
 
-from benchmarks import compare_video
+from benchmarks import compare_video, video_proxy
 from benchmarks.trainings import ROOT
 
+DATA = ["image_size=16", "num_frames=5", "digit_size=8", "train_clips=40", "val_clips=20", "min_speed=1", "max_speed=2"]
 WORDS = [
     *("--device", "cpu", "--orders", "neighboring", "--jobs", "1", "--workers", "0"),
-    *(
-        "--data",
-        "image_size=16",
-        "num_frames=5",
-        "digit_size=8",
-        "train_clips=40",
-        "val_clips=20",
-        "min_speed=1",
-        "max_speed=2",
-    ),
-    *("--tokenizer-seconds", "600", "--proxy-steps", "2", "--proxy-clips", "20", "--steps", "2"),
+    *("--data", *DATA),
+    *("--tokenizer-seconds", "600", "--steps", "2"),
     *("--scales", "1", "2", "--temperatures", "1", "--samples", "10", "--final", "20", "--batch-size", "10"),
     *("--decode-size", "tiny", "--decode-grids", "2x4x4", "--decode-batch", "1", "2", "--decode-repeats", "1"),
-    *("--set-tokenizer", "trainer=cpu", "num_threads=1", "trainer.max_steps=60", "task.batch_size=4"),
+    *("--set-tokenizer", "trainer=cpu", "num_threads=1", "trainer.max_steps=40", "task.batch_size=4"),
     *("task.lr_schedule.warmup=1",),
     *("task.num_workers=0", "tokenizer.image_size=16", "tokenizer.num_frames=5", "tokenizer.base_channels=8"),
     *("tokenizer.multipliers=[1,1,1]", "tokenizer.z_channels=8", "tokenizer.num_res_blocks=1", "every.pictures=0"),
@@ -41,11 +33,14 @@ WORDS = [
 @pytest.mark.slow
 def test_stopped_in_a_training_and_gone_on(tmp_path, capsys):
     out = tmp_path / "out"
+    video_proxy.main(
+        ["--out", str(out / "proxy.pt"), "--data", *DATA, "--steps", "2", "--clips", "20", "--device", "cpu"]
+    )
     command = ["--out", str(out), *WORDS]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-m", "benchmarks.compare_video", *command], cwd=ROOT, env=environment)
     log, deadline = out / "tokenizer" / "train.log", time.monotonic() + 120
-    while not (log.is_file() and "tokenizer 1/60" in log.read_text()):
+    while not (log.is_file() and "tokenizer 1/40" in log.read_text()):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
