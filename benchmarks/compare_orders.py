@@ -14,7 +14,6 @@ more samples), ``speed`` (one plan after the other on an idle device), ``table``
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ import torch
 import yaml
 
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.trainings import only_device
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
 from vgen.errors import UserError, reported
@@ -181,7 +181,7 @@ class Comparison:
         command = [sys.executable, "train.py", *words, f"run_name={name}", f"run_dir={folder}", *self.arguments.set]
         start = time.perf_counter()
         with (folder / "train.log").open("a") as log:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=_only_device(device)).returncode
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=only_device(device)).returncode
         if status:
             tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
             raise UserError(f"training '{name}' failed with status {status}:\n{tail}")
@@ -223,7 +223,7 @@ class Comparison:
             children = []
             for i in range(parts):
                 command = [*words, "--part", str(i), str(parts)]
-                children.append(subprocess.Popen(command, cwd=ROOT, env=_only_device(i)))
+                children.append(subprocess.Popen(command, cwd=ROOT, env=only_device(i)))
             if any([child.wait() for child in children]):
                 raise UserError("a part of the sweep failed; its message stands above; repeat the command to go on")
             return
@@ -340,12 +340,6 @@ class Comparison:
         (self.out / "orders.md").write_text("\n".join(lines) + "\n")
         print("\n".join(lines))
         plot(table, self.rows("sweep"), self.arguments.samples, self.out / "orders.png")
-
-
-def _only_device(index: int) -> dict[str, str]:
-    """The environment of a process that sees one device."""
-    count = torch.cuda.device_count()
-    return dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": str(index % count)} if count else {})
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:

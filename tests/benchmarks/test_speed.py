@@ -73,3 +73,12 @@ def test_commands_print_a_row_per_measurement(capsys):
     assert "| neighboring | dense | 2 |" in out
     end_to_end.main([*tiny, "--image-size", "32", "--channels", "32", "--batch", "2", "--samples", "3"])
     assert "| neighboring | 2 | auto | float32 |" in capsys.readouterr().out
+
+
+def test_clips_are_decoded_by_nar_l_for_video():
+    plan = make_plan("neighboring", (4, 16, 16))
+    meta, dtype = torch.device("meta"), torch.bfloat16
+    generator = make_generator("L", plan, device=meta, dtype=dtype, vocab_size=8192, num_classes=101)
+    assert sum(p.numel() for p in generator.parameters()) == 368_736_256
+    passes = [len(make_plan(order, (5, 16, 16)).forwards) for order in ("raster", "neighboring", "parallel-4")]
+    assert passes == [1280, 35, 323]
