@@ -1,10 +1,10 @@
 """1D tokenizers on CIFAR-10: TiTok in two stages and in one, FlexTok at every length, and generators on their tokens.
 
-    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ_RELEASE
-    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ_RELEASE --only table
+    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ
+    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ --only table
 
-DATA is a folder in Hugging Face layout; VQ_RELEASE is the release of experiment=cifar10_tokenizer, teacher of the
-two-stage TiTok. Every training stops by its time budget (``--seconds``). Trainings and measurements run in processes of
+DATA is a folder in Hugging Face layout; VQ is the release of experiment=cifar10_tokenizer, teacher of the two-stage
+TiTok. Every training stops by its time budget (``--seconds``). Trainings and measurements run in processes of
 their own, ``--jobs`` at once per device of CUDA_VISIBLE_DEVICES, each as soon as what it needs is there. On SIGTERM,
 Ctrl-C or after ``--limit`` seconds all of them are told to stop and save; the same command goes on where it stopped and
 leaves out what is finished. Rows are appended to OUT/*.jsonl as soon as they are known; ``--only table`` makes the
@@ -41,8 +41,8 @@ SECONDS = {
     "titok_ar": 80,
     "titok_maskgit": 80,
 }
-# What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would take
-# a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
+# What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would
+# take a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
 SHORT = ("task.compile=false", "every.validate=0", "every.pictures=0", "every.log=50", "task.lr_schedule.warmup=150")
 PLAN_TOKENS = (4, 16, 64)
 GRACE_S = 60.0
@@ -172,9 +172,18 @@ class Comparison:
             "every.checkpoint=500",
             *words,
             *limits,
-            *self.arguments.set,
+            *self._overrides(name),
         ]
         return Task(name, needs, self.release(name).is_dir, command)
+
+    def _overrides(self, training: str) -> Iterator[str]:
+        """Words of ``--set`` for a training: those for all, and those with its name in front."""
+        for word in self.arguments.set:
+            name, colon, rest = word.partition(":")
+            if not colon or name not in SECONDS:
+                yield word
+            elif name == training:
+                yield rest
 
     def _on_codes(self, kind: str) -> tuple[str, ...]:
         tokenizer = self.titok() if kind == "titok" else kind
@@ -210,7 +219,7 @@ class Comparison:
         start, running = time.monotonic(), dict[str, tuple[subprocess.Popen, int, float]]()
         slots = list(range(len(devices()))) * self.arguments.jobs
         while True:
-            for name, (process, slot, began) in list(running.items()):
+            for name, (process, _, began) in list(running.items()):
                 if process.poll() is not None:
                     slots.append(running.pop(name)[1])
                     self._ended(name, process.returncode, time.monotonic() - began)
@@ -343,7 +352,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", type=int, default=5000, help="samples per guidance scale")
     parser.add_argument("--samples", type=int, default=10000, help="samples at the best scale")
     parser.add_argument("--batch-size", type=int, default=1000)
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
+    parser.add_argument("--set", nargs="*", default=[], metavar="[TRAINING:]key=value", help="overrides")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("table",), help="make the tables of the rows so far and end")
     chosen = parser.parse_args(arguments)
