@@ -265,7 +265,10 @@ class Comparison:
         log = self.out / "logs" / f"{task.name}.log"
         log.parent.mkdir(exist_ok=True)
         device = devices()[slot]
-        environment = dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        # Several processes at once: torch's threads of all cores in each would stand in each other's way.
+        environment = {"OMP_NUM_THREADS": "2"} | os.environ
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         with log.open("a") as file:
             # A session of its own: a signal to the whole group would reach trainings twice, which ends them unsaved.
             process = subprocess.Popen(

@@ -169,8 +169,7 @@ class Bench:
         extractor, reference = self.extractor(), self.reference()
         known = {row["tokens"]: row for row in rows(self.out, "lengths")}
         columns = []
-        with self.half():
-            ids = flextok_lengths.encode(network, list(originals.split(500)))
+        ids = flextok_lengths.encode(network, list(originals.split(500)))
         counts = torch.bincount(ids.flatten().cpu(), minlength=network.codebook_size).double()
         scale = network.decoding.guidance.scale
         scale = 1.5 if callable(scale) else scale
