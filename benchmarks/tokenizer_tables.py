@@ -19,8 +19,7 @@ def write(out: Path) -> None:
     """Write trainings.md, tokenizers.csv and .md, generators.csv and .md and lengths.png for what is known."""
     trained = trainings(out)
     if trained:
-        columns = ["training", "steps", "seconds", "images_per_s"]
-        _save(out / "trainings", trained, columns, {"seconds": "{:.0f}", "images_per_s": "{:.0f}"})
+        _save(out / "trainings", trained, ["training", "steps", "budget_s", "images_per_s"], {"images_per_s": "{:.0f}"})
     tokenizers = rows(out, "reconstruction") + rows(out, "lengths")
     if tokenizers:
         table = [row | {"tokenizer": NAMES.get(row["tokenizer"], row["tokenizer"])} for row in tokenizers]
@@ -39,11 +38,9 @@ def write(out: Path) -> None:
 
 
 def trainings(out: Path) -> Rows:
-    """Steps of every finished training, its wall-clock seconds with start and end, and its median speed."""
+    """Logged steps of every finished training, its time budget and its median speed."""
     found = []
-    seconds: dict[str, float] = {}
-    for row in rows(out, "tasks"):
-        seconds[row["task"]] = row["seconds"]
+    budgets = {row["task"]: row["budget_s"] for row in rows(out, "tasks")}
     for metrics in sorted(out.glob("*/metrics.csv")):
         name = metrics.parent.name
         with metrics.open() as file:
@@ -52,7 +49,7 @@ def trainings(out: Path) -> Rows:
         if speeds and (metrics.parent / "release").is_dir():
             middle = speeds[len(speeds) // 2]
             steps = max(int(line["step"]) for line in lines)
-            found.append({"training": name, "steps": steps, "seconds": seconds.get(name), "images_per_s": middle})
+            found.append({"training": name, "steps": steps, "budget_s": budgets.get(name), "images_per_s": middle})
     return found
 
 
