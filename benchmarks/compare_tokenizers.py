@@ -360,6 +360,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sweep", type=int, default=5000, help="samples per guidance scale")
     parser.add_argument("--samples", type=int, default=10000, help="samples at the best scale")
     parser.add_argument("--batch-size", type=int, default=1000)
+    parser.add_argument("--engine", choices=("auto", "eager", "graph"), default="auto", help="of generation")
     parser.add_argument("--set", nargs="*", default=[], metavar="[TRAINING:]key=value", help="overrides")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=("table",), help="make the tables of the rows so far and end")

@@ -210,6 +210,7 @@ class Bench:
             dtype=torch.bfloat16 if cuda else torch.float32,
             schedule=schedule,
             num_tokens=plan.num_tokens,
+            engine=self.arguments.engine,
             pixels=PixelSettings(dtype="bfloat16" if cuda else "float32"),
         )
 
@@ -270,6 +271,7 @@ class Bench:
                 "images_per_s": size / images[1],
                 "tokens_only_per_s": size / tokens[1],
                 "batch": size,
+                "engine": self.arguments.engine,
                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             }
             add(self.out, "speed", row)

@@ -40,7 +40,7 @@ def write(out: Path) -> None:
 def trainings(out: Path) -> Rows:
     """Logged steps of every finished training, its time budget and its median speed."""
     found = []
-    budgets = {row["task"]: row["budget_s"] for row in rows(out, "tasks")}
+    budgets = {row["task"]: row.get("budget_s") for row in rows(out, "tasks")}
     for metrics in sorted(out.glob("*/metrics.csv")):
         name = metrics.parent.name
         with metrics.open() as file:
