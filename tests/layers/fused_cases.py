@@ -14,7 +14,6 @@ from vgen.generators.block import Block
 from vgen.layers import fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
-from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder
@@ -101,7 +100,8 @@ def attention_case(dtype, *, batch, fed, heads, kv_heads, head_dim, rope, rows):
 
 
 @pytest.mark.parametrize(
-    ("batch", "fed", "dtype"), [(1, 1, torch.float16), (3, 1, torch.float32), (2, 5, torch.float16), (3, 7, torch.float32)]
+    ("batch", "fed", "dtype"),
+    [(1, 1, torch.float16), (3, 1, torch.float32), (2, 5, torch.float16), (3, 7, torch.float32)],
 )
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "rope", "rows"),
@@ -178,7 +178,8 @@ def test_decoding_draws_the_tokens_of_the_plain_network(name):
         patch.setattr(fused, "before", lambda *given: calls.append(1) or before(*given))
         decoder = Decoder(generator, plan, engine="fused", record=lambda run, device: run)
         assert torch.equal(decoder(labels, **shared), expected)
-    assert calls and not generator.fused
+    assert calls
+    assert not generator.fused
     assert torch.equal(decode(generator, plan, labels, **shared), expected)
 
 
@@ -226,7 +227,7 @@ def test_other_blocks_run_as_before(options):
 def test_only_passes_without_gradients_are_fused():
     generator = tiny_generator(raster(grid=(2, 2)))
     block = generator.layers[0]
-    assert isinstance(block, Block) and isinstance(block.feed_forward, SwiGLU)
+    assert isinstance(block, Block)
     cache = generator.new_cache(1, 5)
     x, rows = torch.randn(1, 1, 32), torch.zeros(1, dtype=torch.int64)
     view = View(causal=False, mask=None, rope=None, cache=cache, rows=rows, row_start=0, prefix=1)

@@ -126,7 +126,8 @@ class Block(nn.Module):
 
     def _fused(self, x: Tensor, view: View, layer: int) -> Tensor:
         """The same in fewer kernels."""
-        assert isinstance(self.attention_norm, RMSNorm) and isinstance(self.ffn_norm, RMSNorm)
+        assert isinstance(self.attention_norm, RMSNorm)
+        assert isinstance(self.ffn_norm, RMSNorm)
         assert isinstance(self.feed_forward, SwiGLU)
         query = fused.before(x, self.attention_norm, self.attention, view, layer)
         seen = self.attention.look(query, None, None, view, layer)

@@ -1,4 +1,4 @@
-"""A decoding pass of a Llama block in few kernels: all but its attention; the kernels are in ``fused_kernels``.
+"""A decoding pass of a Llama block in few kernels: all but its attention; the kernels are in two files beside this one.
 
 Few rows: a product with every weight is one kernel that streams the weight once and does what lies before and behind
 it. Many rows: products by the vendor's library, what lies between them in one kernel each.
@@ -62,10 +62,11 @@ def best_tile(product: Product, rows: int, width: int) -> Tile:
 
 
 @cache
-def _kernels() -> ModuleType:
-    from vgen.layers import fused_kernels
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """Those of few and of many rows; without triton their files cannot be imported."""
+    from vgen.layers import few_row_kernels, many_row_kernels
 
-    return fused_kernels
+    return few_row_kernels, many_row_kernels
 
 
 @cache
@@ -133,7 +134,8 @@ def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: in
     Returns:
         Queries [B, heads, F, head_dim].
     """
-    assert view.cache is not None and view.rows is not None
+    assert view.cache is not None
+    assert view.rows is not None
     batch, fed, _ = x.shape
     keys, values = view.cache.buffer[layer]
     query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
@@ -200,7 +202,7 @@ def project_rows(
     rows = x.shape[0] * x.shape[1]
     tile = tile or best_tile("project", rows, dim)
     _launch(
-        _kernels().project_rows,
+        _kernels()[0].project_rows,
         (_ceil(width, tile.columns),),
         x,
         (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
@@ -211,7 +213,7 @@ def project_rows(
 
 
 def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = None) -> Tensor:
-    """residual + x W^T of few rows, [B, F, N].
+    """Sum residual + x W^T of few rows, [B, F, N].
 
     Args:
         x: [B, F, K].
@@ -223,7 +225,7 @@ def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = No
     rows = x.shape[0] * x.shape[1]
     tile = tile or best_tile("add", rows, weight.shape[1])
     _launch(
-        _kernels().add_rows,
+        _kernels()[0].add_rows,
         (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), weight, residual.contiguous(), out, rows),
@@ -234,7 +236,7 @@ def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = No
 
 
 def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile | None = None) -> Tensor:
-    """silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
+    """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
         x: [B, F, dim].
@@ -247,7 +249,7 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
     rows = x.shape[0] * x.shape[1]
     tile = tile or best_tile("gate", rows, weight.shape[1])
     _launch(
-        _kernels().gate_rows,
+        _kernels()[0].gate_rows,
         (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), _scale(norm, x), weight, second, out, rows, norm.eps),
@@ -258,13 +260,13 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
 
 
 def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x + delta (x itself without one) and its norm, [B, F, dim]."""
+    """Sum x + delta (x itself without one) and its norm, [B, F, dim]."""
     x = x.contiguous()
     total = x if delta is None else torch.empty_like(x)
     normal = torch.empty_like(x)
     rows, dim = x.shape[0] * x.shape[1], x.shape[2]
     _launch(
-        _kernels().norm_many,
+        _kernels()[1].norm_many,
         (rows,),
         x,
         (x, x if delta is None else delta, _scale(norm, x), total, normal, rows, norm.eps),
@@ -284,7 +286,7 @@ def rotate_many(
     rows, width = query.shape[0] * query.shape[1], projected.shape[-1]
     columns = min(1024, _power_of_two(width))
     _launch(
-        _kernels().rotate_many,
+        _kernels()[1].rotate_many,
         (rows, _ceil(width, columns)),
         query,
         (projected, *_targets(query, keys, values, rope, cache_rows)),
@@ -295,12 +297,12 @@ def rotate_many(
 
 
 def gate_many(both: Tensor) -> Tensor:
-    """silu(a) b of the halves of [B, F, 2 * hidden]."""
+    """Product silu(a) b of the halves of [B, F, 2 * hidden]."""
     rows, hidden = both.shape[0] * both.shape[1], both.shape[2] // 2
     out = both.new_empty(*both.shape[:2], hidden)
     columns = min(1024, _power_of_two(hidden))
     _launch(
-        _kernels().gate_many,
+        _kernels()[1].gate_many,
         (rows, _ceil(hidden, columns)),
         both,
         (both, out, rows),
@@ -312,7 +314,12 @@ def gate_many(both: Tensor) -> Tensor:
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], x: Tensor, arguments: tuple[Any, ...], tile: Tile | None = None, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    tile: Tile | None = None,
+    **constants: Any,
 ) -> None:
     options: dict[str, Any] = {"num_warps": 4} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
     early = _comes_early(x.device)
@@ -338,7 +345,8 @@ def _targets(
 ) -> tuple[Tensor | int, ...]:
     """Where projections go and by what they are rotated, as the kernels take it."""
     batch, fed = query.shape[:2]
-    assert keys.stride(-1) == 1 and keys.stride(2) == keys.shape[-1] and keys.stride() == values.stride()
+    assert keys.stride()[2:] == (keys.shape[-1], 1)
+    assert keys.stride() == values.stride()
     table = query if rope is None else rope.contiguous()
     rope_batch = 0 if rope is None or rope.dim() == 3 else table.stride(0)
     cache_rows = cache_rows.contiguous()
