@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks import kernels as kernel_benchmark
 from tests.generators.helpers import tiny_generator
 from vgen.generators.block import Block
 from vgen.layers import fused
@@ -240,3 +241,14 @@ def test_only_passes_without_gradients_are_fused():
         assert not fused.can_run(x, block.attention, view)
     block.train()
     assert not fused.can_run(x, block.attention, view)
+
+
+def test_the_benchmark_prints_a_line_per_step(capsys):
+    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
+    kernel_benchmark.main([*tiny, "--rows", "1", "65"])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 65 "))]
+    assert [line[2].strip() for line in lines] == [
+        *("project", "add (wo)", "gate", "add (w2)", "layer"),
+        *("norm, project, rotate", "norm, product, gate", "layer"),
+    ]
+    assert all(float(line[8]) < 3e-3 for line in lines if "layer" not in line[2])

@@ -124,6 +124,15 @@ class Block(nn.Module):
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
         return self.behind(x, seen, changes[2:])
 
+    def fuse(self, enabled: bool) -> None:
+        """Run decoding passes by the kernels of :mod:`vgen.layers.fused`, where those know this block, or not.
+
+        They want two weights side by side, so these move once; what was recorded on them before must not run any more.
+        """
+        self.attention.fused = enabled
+        if enabled and self._fusible and isinstance(self.feed_forward, SwiGLU):
+            self.feed_forward.merged()
+
     def _fused(self, x: Tensor, view: View, layer: int) -> Tensor:
         """The same in fewer kernels."""
         assert isinstance(self.attention_norm, RMSNorm)

@@ -268,11 +268,11 @@ class Transformer(nn.Module):
     def fuse_decoding(self, enabled: bool = True) -> None:
         """Have decoding passes run by the kernels of :mod:`vgen.layers.fused`, where those know the block, or not.
 
-        Sums of bfloat16 products round differently in them. Their pass needs no gradients.
+        Sums of bfloat16 products round differently in them. The first call moves weights, see :meth:`Block.fuse`.
         """
         self.fused = enabled
         for block in self._blocks():
-            block.attention.fused = enabled
+            block.fuse(enabled)
 
     @property
     def num_condition(self) -> int:

@@ -113,7 +113,8 @@ class Decoder:
     ``fused`` round differently.
 
     Args:
-        generator: network in eval mode; its weights may change in place, not move.
+        generator: network in eval mode; its weights may change in place, not move. ``fused`` itself moves some when the
+            first decoder of a network is made: make it before one of another engine records.
         plan: decode order.
         engine: ``eager``, ``graph``, ``fused`` (graphs of the kernels of :mod:`vgen.layers.fused`), or ``auto``, see
             :func:`pick_engine`.
@@ -148,6 +149,10 @@ class Decoder:
         self._recordings: dict[tuple, Recording | None] = {}
         self._too_large: set[tuple] = set()
         self._located: list[Located] | None = None
+        if engine == "fused":
+            # Moves weights now, not between two recordings.
+            generator.fuse_decoding()
+            generator.fuse_decoding(False)
 
     @torch.inference_mode()
     def __call__(
