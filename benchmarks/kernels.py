@@ -224,8 +224,8 @@ def seconds_per_layer(case: Case, work: Callable[[Block], Tensor]) -> float:
             work(block)
 
     device = case.x.device
-    run()
     if device.type == "cuda":
+        run()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
