@@ -133,7 +133,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--grid", default="16x16", help="H x W, or T x H x W for clips")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["raster", "neighboring", "parallel-4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--engines", nargs="+", choices=get_args(Engine), default=["eager", "graph", "compiled"])
+    parser.add_argument("--engines", nargs="+", choices=get_args(Engine), default=["eager", "graph", "fused"])
     parser.add_argument("--scale", type=float, default=2.0, help="guidance; 1 = one branch")
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--classes", type=int, default=1000)
@@ -157,10 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HEADER, flush=True)
         for order in given.orders:
             plan = make_plan(order, parse_grid(given.grid))
-            for engine in sorted(given.engines, key=get_args(Engine).index):
-                # A network of its own: compiled blocks stay compiled.
-                sizes = {"vocab_size": given.vocab, "num_classes": given.classes}
-                generator = make_generator(given.size, plan, device=device, dtype=dtype, **sizes)
+            sizes = {"vocab_size": given.vocab, "num_classes": given.classes}
+            generator = make_generator(given.size, plan, device=device, dtype=dtype, **sizes)
+            for engine in given.engines:
                 for batch in given.batch:
                     try:
                         row = measure(

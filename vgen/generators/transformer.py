@@ -163,6 +163,7 @@ class Transformer(nn.Module):
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, dim // heads
         self.num_readouts, self.num_learned = num_readouts, num_learned
         self.gradient_checkpointing = gradient_checkpointing
+        self.fused = False
         self.told_target = positions == "own_target" or rope == "own_target"
         self.adaln = check_adaln(adaln, condition, directions)
         check_combinations(
@@ -264,10 +265,14 @@ class Transformer(nn.Module):
         for block in self.layers:
             block.compile()
 
-    def compile_decoding(self) -> None:
-        """Compile every block for decoding, in place; sums of bfloat16 products may round differently from then on."""
+    def fuse_decoding(self, enabled: bool = True) -> None:
+        """Have decoding passes run by the kernels of :mod:`vgen.layers.fused`, where those know the block, or not.
+
+        Sums of bfloat16 products round differently in them. The first call moves weights, see :meth:`Block.fuse`.
+        """
+        self.fused = enabled
         for block in self._blocks():
-            block.compile_decoding()
+            block.fuse(enabled)
 
     @property
     def num_condition(self) -> int:

@@ -100,6 +100,9 @@ class Attention(nn.Module):
         qkv_bias: biases on the first projection; None = as ``bias``.
         qk_norm: norm of every query and key over the head width, shared by all heads; None = none.
         norm_eps: of that norm.
+
+    Attributes:
+        fused: decoding passes use the fused kernels where they can; set by ``Transformer.fuse_decoding``.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Attention(nn.Module):
         qkv_bias = bias if qkv_bias is None else qkv_bias
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.dropout = dropout
+        self.fused = False
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.q_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
