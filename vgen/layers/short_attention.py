@@ -53,9 +53,9 @@ def pick_tile(*, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, r
         rows = min(rows, fits, 128)
         span = 256 // rows if prefix > 512 else 0
         return Tile(rows, 1, queries, warps=8 if rows == 128 else 4, stages=3, span=span, early=True)
-    rows = min(rows, fits, 64)
-    shared = 1
-    while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= 64:
+    fits = min(fits, 64)
+    rows, shared = min(rows, fits), 1
+    while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= fits:
         shared *= 2
     return Tile(rows, shared, queries, warps=4 if queries > 16 else 2, stages=1 if prefix <= rows else 3)
 
