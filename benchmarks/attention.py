@@ -180,10 +180,8 @@ def measure_attention(given: argparse.Namespace, device: torch.device, dtype: to
         if given.variants and case.fed in given.varied_fed and not case.masked:
             tiles += list(variants(tile, case.prefix))
         for each in tiles:
-            name = (
-                f"{'short' if each == tile else 'variant'}: rows {each.rows} x {each.shared}, queries {each.queries}, "
-            )
-            name += f"{each.warps} warps, {each.stages} stages"
+            name = f"{'short' if each == tile else 'variant'}: rows {each.rows} x {each.shared}, "
+            name += f"queries {each.queries}, {each.warps} warps, {each.stages} stages"
             name += (", split" if each.span else "") + (", early" if each.early else "")
             row(case, name, lambda copy, data=data, each=each: data.short(copy, each), data)
 
