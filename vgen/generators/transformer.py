@@ -91,6 +91,9 @@ class Transformer(nn.Module):
         mask_token: one more token embedding, for tokens that are not known. Taken from the plan (``Plan.masking``).
         gradient_checkpointing: recompute blocks in the backward pass.
 
+    Attributes:
+        fused: decoding passes use kernels of their own; set by :meth:`fuse_decoding`.
+
     Raises:
         UserError: for sizes or switches that do not fit together.
     """
@@ -664,7 +667,7 @@ class Transformer(nn.Module):
         return fine
 
     def new_cache(self, batch: int, rows: int) -> KVCache:
-        """An empty cache for ``batch`` sequences of ``rows`` slots."""
+        """A cache for ``batch`` sequences of ``rows`` slots, not written yet."""
         return KVCache(
             layers=len(self.layers),
             batch=batch,

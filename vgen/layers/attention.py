@@ -12,6 +12,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.modulation import Modulator
 from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import rotate
+from vgen.layers.short_attention import runs_here, short_attention
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask bool [F, P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does either again."""
     columns = mask.shape[-1]
-    rows = torch.zeros(len(mask), -(-columns // 8) * 8, dtype=dtype, device=mask.device)
+    rows = torch.zeros(len(mask), -(-columns // 16) * 16, dtype=dtype, device=mask.device)
     return rows[:, :columns].masked_fill_(~mask, float("-inf"))
 
 
@@ -102,7 +103,8 @@ class Attention(nn.Module):
         norm_eps: of that norm.
 
     Attributes:
-        fused: decoding passes use the fused kernels where they can; set by ``Transformer.fuse_decoding``.
+        fused: few queries against a cache go through :func:`vgen.layers.short_attention.short_attention`; set by
+            ``Transformer.fuse_decoding``.
     """
 
     def __init__(
@@ -154,6 +156,8 @@ class Attention(nn.Module):
         elif view.cache is not None:
             assert view.rows is not None
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
+        if self.fused and view.cache is not None and view.blocks is None and runs_here(query, key, view.mask):
+            return short_attention(query, key, value, bias=view.mask)
         if view.blocks is not None:
             out = attend_blocks(query, key, value, view.blocks)
         else:

@@ -11,6 +11,7 @@ from vgen.errors import UserError
 from vgen.generators.places import Located
 from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
+from vgen.sampling.draw import draw_tokens, draws_here
 from vgen.sampling.filters import filter_logits
 from vgen.sampling.noise import KeyedNoise, Noise
 from vgen.sampling.settings import Sampling, SpatialGuidance
@@ -189,8 +190,10 @@ def run_passes(
     if order is None:
         order = decoding_order(plan, seed, sample_index, known)
 
+    # Only who can see that a token is open is told so: marks have to be replaced in front of every pass.
+    marked = plan.policy is not None or plan.masking is not None or watch is not None
     # The last column takes what run-time passes write for lanes that decide nothing.
-    ids = torch.full((batch, total + 1), -1, dtype=torch.int64, device=device)
+    ids = torch.full((batch, total + 1), -1 if marked else generator.unknown_id, dtype=torch.int64, device=device)
     given, fixed = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids)
     if known is not None and known_ids is not None:
         given[:, :total], fixed[:, :total] = _ordered(known, order), _ordered(known_ids, order)
@@ -207,11 +210,21 @@ def run_passes(
     branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
     blank = None if spatial is None else _blank(given[:, :total], spatial, order, seed, sample_index)
     by_moment = None if plan.policy is None else torch.tensor(weights, device=device)
+    # Every branch has a copy of its own, so that no pass has to make one.
+    ids = ids.repeat(branches, 1)
+    places = order if order.dim() == 1 else order.repeat(branches, 1)
 
     embedded = _embed_condition(generator, condition, branches)
     if padding is not None:
         padding = padding.repeat(branches, 1)
-    cache = generator.new_cache(len(embedded), plan.num_rows) if plan.needs_cache else None
+    cache = None
+    if plan.needs_cache:
+        cache = generator.new_cache(len(embedded), plan.num_rows)
+        if plan.sees_unwritten:
+            cache.clear()
+    # What the kernels of the draw can do, for the numbers they are given.
+    plainly = generator.fused and plan.policy is None and spatial is None and trace is None
+    plainly = plainly and not sampling.greedy and sampling.top_k == 0 and sampling.top_p == 1.0
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
@@ -220,45 +233,47 @@ def run_passes(
             branches = 1
             if cache is not None:
                 cache.narrow(batch)
-            embedded = embedded[:batch]
+            embedded, ids = embedded[:batch], ids[:batch]
             padding = None if padding is None else padding[:batch]
         plain = cache is None and branches == 2 and isinstance(moment, int) and weights[moment] == 1.0
         live = 1 if plain else branches
-        fed, places = ids.masked_fill(ids < 0, generator.unknown_id), order
-        if live > 1:
-            fed = fed.repeat(live, 1)
-            places = order if order.dim() == 1 else order.repeat(live, 1)
+        fed = ids[: live * batch]
         logits = generator.step(
-            fed,
+            fed.masked_fill(fed < 0, generator.unknown_id) if marked else fed,
             embedded[: live * batch],
             forward.repeated(live),
-            places,
+            places if places.dim() == 1 else places[: live * batch],
             cache,
             padding=None if padding is None else padding[: live * batch],
             blank=blank,
             located=None if located is None else located[index],
         )
+        targets = forward.targets.expand(batch, -1)
+        weight: float | Tensor = 1.0
         if live > 1:
-            weight: float | Tensor
             if isinstance(moment, int):
                 weight = weights[moment]
             else:
                 assert by_moment is not None
                 weight = by_moment[moment][:, None, None]
-            share = decided / total if isinstance(decided, int) else 0.0
-            logits = _guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
-        if trace is not None:
-            trace(index, logits)
-        targets = forward.targets.expand(batch, -1)
-        scores, tokens = _choose(logits, targets, sampling, course, noise)
-        tokens = course.settle(tokens, scores)
+        if plainly and isinstance(noise, KeyedNoise) and isinstance(weight, float) and draws_here(logits):
+            tokens = draw_tokens(logits, noise.first, targets, weight=weight, temperature=sampling.temperature)
+        else:
+            if live > 1:
+                share = decided / total if isinstance(decided, int) else 0.0
+                logits = guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
+            if trace is not None:
+                trace(index, logits)
+            scores, tokens = _choose(logits, targets, sampling, course, noise)
+            tokens = course.settle(tokens, scores)
         if known is not None:
             tokens = torch.where(given.gather(1, targets), fixed.gather(1, targets), tokens)
-        ids.scatter_(1, targets, tokens)
+        shape = (branches, *targets.shape)
+        ids.view(branches, batch, -1).scatter_(2, targets.expand(shape), tokens.expand(shape))
         if watch is not None:
-            watch(index, _in_raster(ids[:, :total], order))
+            watch(index, _in_raster(ids[:batch, :total], order))
         index += 1
-    return _in_raster(ids[:, :total], order).clamp(min=0)
+    return _in_raster(ids[:batch, :total], order).clamp(min=0)
 
 
 def decoding_order(plan: Plan, seed: int | Tensor, sample_index: Tensor, known: Tensor | None = None) -> Tensor:
@@ -339,7 +354,7 @@ def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: Tensor,
     return torch.cat([torch.zeros_like(third), torch.zeros_like(third), third])
 
 
-def _guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
+def guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
     """Combine two or three guidance branches [branches B, D, V] into [B, D, V]; the weight is a number or [B, 1, 1]."""
     conditional, unconditional, *partial = logits.chunk(branches)
     if partial:
