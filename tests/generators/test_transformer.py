@@ -7,6 +7,7 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import token_cross_entropy
+from vgen.schedules.neighboring import neighboring
 from vgen.schedules.raster import raster
 
 PLAN = raster(grid=(3, 4))
@@ -141,3 +142,41 @@ def test_a_plan_first_used_for_decoding_still_trains():
     ids = decode(generator, plan, torch.tensor([1]), sampling=Sampling(), sample_index=torch.tensor([0])).clone()
     generator.logits(ids, torch.tensor([1]), plan).sum().backward()
     assert generator.tok_embeddings.weight.grad is not None
+
+
+@pytest.mark.parametrize("order", ["raster", "neighboring"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_of_a_readout_are_the_logits(order, bias):
+    plan = {"raster": raster, "neighboring": neighboring}[order](grid=(3, 4))
+    generator = tiny_generator(plan, head_bias=bias)
+    for output in generator.outputs:
+        if bias:
+            torch.nn.init.normal_(output.bias)
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    logits = generator.logits(ids, labels, plan)
+    readout = generator.readout(ids, labels, plan)
+    product = torch.nn.functional.linear(readout.features, readout.weight, readout.bias)
+    torch.testing.assert_close(product, logits, atol=1e-5, rtol=1e-5)
+    if order == "neighboring":
+        # The definition: the mean of the heads' logits over the reads.
+        states, read, _ = generator._teach(ids, labels, plan)
+        want = torch.zeros(2, 12, 23)
+        for head, state in enumerate(states):
+            each = generator.outputs[head](generator.norms[head](state[:, read.slots[head]]))
+            want.index_add_(1, read.targets[head], each * read.weights[head][:, None])
+        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_narrow_residual_stream_is_for_training_only():
+    plan = raster(grid=(3, 4))
+    generator = tiny_generator(plan)
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        before = generator.logits(ids, labels, plan)
+        generator.residual_dtype = torch.bfloat16
+        assert torch.equal(generator.logits(ids, labels, plan), before)
+        for dropout in (module for module in generator.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        narrow = generator.train().logits(ids, labels, plan)
+    assert not torch.equal(narrow, before)
+    torch.testing.assert_close(narrow, before, atol=0.3, rtol=0.1)

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 # Logits in the working dtype that exist at one time (256 MiB in bfloat16).
 CHUNK_LOGITS = 2**27
+MASKED_FLOOR = 1e-8
+"""Added to the sum of weights of :func:`masked_cross_entropy`."""
 
 
 def token_cross_entropy(
@@ -51,7 +53,7 @@ def masked_cross_entropy(
     """
     per_token = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none", label_smoothing=label_smoothing)
     weight = torch.where(hidden, 1.0, visible_weight).to(per_token.dtype)
-    return (per_token * weight).sum() / (weight.sum() + 1e-8)
+    return (per_token * weight).sum() / (weight.sum() + MASKED_FLOOR)
 
 
 @torch.no_grad()
@@ -60,10 +62,14 @@ def token_accuracy(logits: Tensor, ids: Tensor, hidden: Tensor | None = None) ->
 
     With ``hidden``, bool [B, N], the share of the hidden ones per sample, averaged over samples.
     """
-    right = (logits.argmax(-1) == ids).float()
+    return mean_accuracy(logits.argmax(-1) == ids, hidden)
+
+
+def mean_accuracy(right: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """The same of tokens that are known to be right or wrong, bool [B, N]."""
     if hidden is None:
-        return right.mean()
-    return ((right * hidden).sum(1) / hidden.sum(1).clamp(min=1)).mean()
+        return right.float().mean()
+    return ((right.float() * hidden).sum(1) / hidden.sum(1).clamp(min=1)).mean()
 
 
 def linear_cross_entropy(
