@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import decode as decode_benchmark
-from benchmarks import end_to_end
+from benchmarks import end_to_end, train_tokenizer
 from benchmarks import train as train_benchmark
 from benchmarks.cost import Ceilings, decoding_cost, training_flops
 from benchmarks.networks import make_generator, make_plan
@@ -83,5 +83,8 @@ def test_commands_print_a_row_per_measurement(capsys):
     out = capsys.readouterr().out
     assert "| raster | causal | float32 | logits | 1 | 2 |" in out
     assert "| neighboring | dense | bfloat16 | fused | 1 | 2 |" in out
+    small = ["--channels", "8", "--batch", "2", "--steps", "1", "--device", "cpu"]
+    train_tokenizer.main([*small, "--variants", "eager"])
+    assert "| vq_32 | 2 | eager |" in capsys.readouterr().out
     end_to_end.main([*tiny, "--image-size", "32", "--channels", "32", "--batch", "2", "--samples", "3"])
     assert "| neighboring | 2 | auto | float32 |" in capsys.readouterr().out
