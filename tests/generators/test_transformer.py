@@ -180,3 +180,38 @@ def test_a_narrow_residual_stream_is_for_training_only():
         narrow = generator.train().logits(ids, labels, plan)
     assert not torch.equal(narrow, before)
     torch.testing.assert_close(narrow, before, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("order", ["raster", "neighboring"])
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_groups_of_blocks_run_every_block_once(order, group, monkeypatch):
+    """The compiler itself left out; depths that the group divides, that leave a rest, and below the group."""
+    plan = {"raster": raster, "neighboring": neighboring}[order](grid=(3, 4))
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    still = {f"{name}_dropout": 0.0 for name in ("token", "residual", "ffn")}
+    generator = tiny_generator(plan, depth=4, **still).train()
+    want = generator.logits(ids, labels, plan)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    generator.compile_blocks(group=group)
+    assert torch.equal(generator.logits(ids, labels, plan), want)
+    with pytest.raises(UserError, match="groups of at least 1"):
+        generator.compile_blocks(group=0)
+
+
+@pytest.mark.slow
+def test_compiled_groups_have_the_gradients_of_plain_blocks():
+    from torch._dynamo.utils import counters
+
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    still = {f"{name}_dropout": 0.0 for name in ("token", "residual", "ffn")}
+    gradients = []
+    for compiled in (False, True):
+        generator = tiny_generator(PLAN, depth=4, **still).train()
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            generator.compile_blocks(group=2)
+        token_cross_entropy(generator.logits(ids, labels, PLAN), ids).backward()
+        gradients.append([parameter.grad for parameter in generator.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1

@@ -21,6 +21,7 @@ def test_a_fused_loss_trains_as_the_plain_one(schedule, tokenizer_release, tmp_p
     ("setting", "message"),
     [
         ("task.fused_loss=perhaps", r"task\.fused_loss=perhaps"),
+        ("task.compile_group=2", r"task\.compile_group=2 has no effect"),
         ("task.residual=float16", r"task\.residual=float16"),
         ("task.residual=bfloat16", r"needs trainer\.precision=bf16-mixed"),
     ],

@@ -502,11 +502,11 @@ class Transformer(nn.Module):
         first_readout, first = len(self.layers) - self.num_readouts, 0
         if training and self._compiled_group is not None:
             blocks = list(self.layers)
-            while first + self._group <= first_readout + (self.num_readouts == 1):
+            while first + self._group <= first_readout + 1:
                 x = self._compiled_group(blocks[first : first + self._group], x, view)
                 first += self._group
-            if first == len(blocks):
-                return [x]
+            if first == first_readout + 1:
+                hidden.append(x)
         for index, block in enumerate(self.layers[first:], first):
             skipped = earlier.pop() if index >= self.first_skip else None
             if not training:

@@ -3,6 +3,7 @@
 from typing import Any, Literal, get_args
 
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,8 +100,11 @@ class GeneratorModule(TrainingModule):
             raise UserError(f"task.residual={residual} is unknown; choose one of {', '.join(RESIDUALS)}")
         self.residual = residual
         generator.residual_dtype = RESIDUALS[residual]
+        self.compile_group = compile_group
         if compile_network:
             generator.compile_blocks(group=compile_group)
+        elif compile_group != 1:
+            raise UserError(f"task.compile_group={compile_group} has no effect without task.compile=true")
 
     @property
     def generator(self) -> Transformer:
@@ -119,6 +123,8 @@ class GeneratorModule(TrainingModule):
         self.tokenizer.to(self.device)
         if self.attention == "flex" and self.device.type != "cuda":
             raise UserError("task.attention=flex trains on a GPU only; use task.attention=auto or dense")
+        if self.compile_group > 1 and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UserError("trainer=fsdp gathers single blocks; set task.compile_group=1")
         precision = str(self.trainer.precision)
         if self.residual == "bfloat16" and precision != "bf16-mixed":
             raise UserError(f"task.residual=bfloat16 needs trainer.precision=bf16-mixed, not {precision}")
