@@ -18,6 +18,7 @@ from vgen.schedules.zipar import zipar
 
 SIZES = {  # name: width, depth, heads
     "tiny": (64, 2, 2),
+    "small": (512, 12, 8),  # experiment=cifar10_orders
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1280, 36, 20),

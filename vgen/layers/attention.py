@@ -138,8 +138,13 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
-        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim).transpose(1, 2)
-        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim)
+        if torch.compiler.is_compiling():
+            # Apart, and in the layout of the projection: the compiler then joins rotations and their gradients to the
+            # kernels on either side, where joined queries and keys are copied once more.
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            return self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope), value.transpose(1, 2)
+        both, value = heads.transpose(1, 2).split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = both.split([self.heads, self.kv_heads], dim=1)
             both = torch.cat([self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)], dim=1)
@@ -147,6 +152,12 @@ class Attention(nn.Module):
             both = rotate(both, rope)
         query, key = both.split([self.heads, self.kv_heads], dim=1)
         return query, key, value
+
+    @staticmethod
+    def _placed(x: Tensor, norm: nn.Module | None, rope: Tensor | None) -> Tensor:
+        """Queries or keys [B, F, heads, head_dim], normed and rotated, as [B, heads, F, head_dim]."""
+        normal = x if norm is None else norm(x).type_as(x)
+        return normal.transpose(1, 2) if rope is None else rotate(normal.transpose(1, 2), rope)
 
     def look(self, query: Tensor, key: Tensor | None, value: Tensor | None, view: View, layer: int) -> Tensor:
         """What the slots see, [B, F, heads * head_dim]; without keys and values those of the cache, already written."""

@@ -257,7 +257,10 @@ def build_generator(config: Node) -> Parts:
         visible_weight=task["visible_weight"],
         given_frames=task["given_frames"],
         compile_network=task["compile"],
+        compile_group=task["compile_group"],
         attention=task["attention"],
+        residual=task["residual"],
+        fused_loss=task["fused_loss"],
         **_shared(config),
     )
     extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}
