@@ -14,7 +14,6 @@ more samples), ``speed`` (one plan after the other on an idle device), ``table``
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,12 +23,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import yaml
 
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.trainings import only_device
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
 from vgen.errors import UserError, reported
@@ -37,6 +37,7 @@ from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.runtime import pick_device, versions
 from vgen.sampling.decode import decode
+from vgen.sampling.engine import Engine
 from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.catalog import FOLDER
@@ -180,7 +181,7 @@ class Comparison:
         command = [sys.executable, "train.py", *words, f"run_name={name}", f"run_dir={folder}", *self.arguments.set]
         start = time.perf_counter()
         with (folder / "train.log").open("a") as log:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=_only_device(device)).returncode
+            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=only_device(device)).returncode
         if status:
             tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
             raise UserError(f"training '{name}' failed with status {status}:\n{tail}")
@@ -201,7 +202,7 @@ class Comparison:
         """A trained order, ready to decode by a plan."""
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         release = self.out / training / "release"
-        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule)
+        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule, engine=self.arguments.engine)
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Finished measurements of a stage."""
@@ -222,7 +223,7 @@ class Comparison:
             children = []
             for i in range(parts):
                 command = [*words, "--part", str(i), str(parts)]
-                children.append(subprocess.Popen(command, cwd=ROOT, env=_only_device(i)))
+                children.append(subprocess.Popen(command, cwd=ROOT, env=only_device(i)))
             if any([child.wait() for child in children]):
                 raise UserError("a part of the sweep failed; its message stands above; repeat the command to go on")
             return
@@ -341,12 +342,6 @@ class Comparison:
         plot(table, self.rows("sweep"), self.arguments.samples, self.out / "orders.png")
 
 
-def _only_device(index: int) -> dict[str, str]:
-    """The environment of a process that sees one device."""
-    count = torch.cuda.device_count()
-    return dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": str(index % count)} if count else {})
-
-
 def timed(work: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, the device's work included."""
     if device.type == "cuda":
@@ -396,6 +391,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=10000, help="per guidance scale")
     parser.add_argument("--final", type=int, default=50000, help="at the best scale")
     parser.add_argument("--batch-size", type=int, default=1000)
+    parser.add_argument("--engine", choices=get_args(Engine), default="auto", help="how plans are decoded")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
     parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))

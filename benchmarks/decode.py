@@ -2,9 +2,12 @@
 
     python -m benchmarks.decode --size L --grid 16x16 --orders raster neighboring parallel-4 --batch 1 64 256
 
+    python -m benchmarks.decode --size L --grid 5x16x16 --vocab 8192 --classes 101 --batch 1 16 64 --engines graph
+
 Random weights, tokens only (no tokenizer), the whole call timed after warm-up. ``warm`` is the first call, which
 compiles what the engine compiles and runs eagerly; ``record`` the second, which records the graph. ``bound`` is the
-share of the measured ceilings reached (see benchmarks/cost.py). Every row is printed when it is known.
+share of the measured ceilings reached (see benchmarks/cost.py). With a grid of
+three axes a row's "images" are clips. Every row is printed when it is known.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import torch
 from benchmarks.cost import Ceilings, decoding_cost, measure_ceilings
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
 from vgen.errors import reported
+from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.engine import Decoder, Engine
@@ -85,7 +89,9 @@ def measure(
     """Time one engine on one batch; fresh sample indices in every call."""
     device = generator.device
     decoder = Decoder(generator, plan, engine=engine)
-    labels = torch.arange(batch, device=device) % 1000
+    condition = generator.condition
+    assert isinstance(condition, ClassCondition)
+    labels = torch.arange(batch, device=device) % condition.num_classes
     calls = 0
 
     def work() -> None:
@@ -124,12 +130,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="L")
-    parser.add_argument("--grid", default="16x16")
+    parser.add_argument("--grid", default="16x16", help="H x W, or T x H x W for clips")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=["raster", "neighboring", "parallel-4"])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--engines", nargs="+", choices=get_args(Engine), default=["eager", "graph", "compiled"])
+    parser.add_argument("--engines", nargs="+", choices=get_args(Engine), default=["eager", "graph", "fused"])
     parser.add_argument("--scale", type=float, default=2.0, help="guidance; 1 = one branch")
     parser.add_argument("--vocab", type=int, default=16384)
+    parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
@@ -150,9 +157,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HEADER, flush=True)
         for order in given.orders:
             plan = make_plan(order, parse_grid(given.grid))
-            for engine in sorted(given.engines, key=get_args(Engine).index):
-                # A network of its own: compiled blocks stay compiled.
-                generator = make_generator(given.size, plan, device=device, dtype=dtype, vocab_size=given.vocab)
+            sizes = {"vocab_size": given.vocab, "num_classes": given.classes}
+            generator = make_generator(given.size, plan, device=device, dtype=dtype, **sizes)
+            for engine in given.engines:
                 for batch in given.batch:
                     try:
                         row = measure(

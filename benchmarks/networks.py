@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 
@@ -17,11 +18,13 @@ from vgen.schedules.zipar import zipar
 
 SIZES = {  # name: width, depth, heads
     "tiny": (64, 2, 2),
+    "small": (512, 12, 8),  # experiment=cifar10_orders
     "B": (768, 12, 12),
     "L": (1024, 24, 16),
     "XL": (1280, 36, 20),
     "XXL": (1536, 48, 24),
 }
+LEARNED_POSITIONS: dict[str, Any] = {"rope": "none", "positions": "own"}
 ORDERS: dict[str, Callable[[Grid], Plan]] = {
     "raster": lambda grid: raster(grid=grid),
     "neighboring": lambda grid: neighboring(grid=grid),
@@ -45,9 +48,18 @@ def make_plan(order: str, grid: Grid) -> Plan:
 
 
 def make_generator(
-    size: str, plan: Plan, *, device: torch.device, dtype: torch.dtype, vocab_size: int = 16384
+    size: str,
+    plan: Plan,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab_size: int = 16384,
+    num_classes: int = 1000,
 ) -> Transformer:
     """A generator with random weights that fits a plan, in eval mode.
+
+    Pictures (two axes) have the rotary code, as LlamaGen's and NAR's; clips (three axes) learned positions, as LARP's
+    and NAR's for video.
 
     Raises:
         UserError: for an unknown size.
@@ -59,13 +71,14 @@ def make_generator(
         generator = Transformer(
             vocab_size=vocab_size,
             grid=plan.grid,
-            condition=ClassCondition(num_classes=1000, dim=dim),
+            condition=ClassCondition(num_classes=num_classes, dim=dim),
             dim=dim,
             depth=depth,
             heads=heads,
             num_readouts=plan.num_heads,
             num_learned=plan.num_learned,
             position_queries=plan.has_queries,
+            **(LEARNED_POSITIONS if len(plan.grid) == 3 and not plan.has_queries else {}),
         )
         torch.nn.init.normal_(generator.outputs[0].weight, std=0.02)
     return generator.to(device, dtype).eval()

@@ -7,6 +7,7 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import ClassCondition, TextCondition
 from vgen.generators.transformer import Transformer
 from vgen.losses.tokens import token_cross_entropy
+from vgen.schedules.neighboring import neighboring
 from vgen.schedules.raster import raster
 
 PLAN = raster(grid=(3, 4))
@@ -141,3 +142,76 @@ def test_a_plan_first_used_for_decoding_still_trains():
     ids = decode(generator, plan, torch.tensor([1]), sampling=Sampling(), sample_index=torch.tensor([0])).clone()
     generator.logits(ids, torch.tensor([1]), plan).sum().backward()
     assert generator.tok_embeddings.weight.grad is not None
+
+
+@pytest.mark.parametrize("order", ["raster", "neighboring"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_of_a_readout_are_the_logits(order, bias):
+    plan = {"raster": raster, "neighboring": neighboring}[order](grid=(3, 4))
+    generator = tiny_generator(plan, head_bias=bias)
+    for output in generator.outputs:
+        if bias:
+            torch.nn.init.normal_(output.bias)
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    logits = generator.logits(ids, labels, plan)
+    readout = generator.readout(ids, labels, plan)
+    product = torch.nn.functional.linear(readout.features, readout.weight, readout.bias)
+    torch.testing.assert_close(product, logits, atol=1e-5, rtol=1e-5)
+    if order == "neighboring":
+        # The definition: the mean of the heads' logits over the reads.
+        states, read, _ = generator._teach(ids, labels, plan)
+        want = torch.zeros(2, 12, 23)
+        for head, state in enumerate(states):
+            each = generator.outputs[head](generator.norms[head](state[:, read.slots[head]]))
+            want.index_add_(1, read.targets[head], each * read.weights[head][:, None])
+        torch.testing.assert_close(logits, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_narrow_residual_stream_is_for_training_only():
+    plan = raster(grid=(3, 4))
+    generator = tiny_generator(plan)
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        before = generator.logits(ids, labels, plan)
+        generator.residual_dtype = torch.bfloat16
+        assert torch.equal(generator.logits(ids, labels, plan), before)
+        for dropout in (module for module in generator.modules() if isinstance(module, torch.nn.Dropout)):
+            dropout.p = 0.0
+        narrow = generator.train().logits(ids, labels, plan)
+    assert not torch.equal(narrow, before)
+    torch.testing.assert_close(narrow, before, atol=0.3, rtol=0.1)
+
+
+@pytest.mark.parametrize("order", ["raster", "neighboring"])
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_groups_of_blocks_run_every_block_once(order, group, monkeypatch):
+    """The compiler itself left out; depths that the group divides, that leave a rest, and below the group."""
+    plan = {"raster": raster, "neighboring": neighboring}[order](grid=(3, 4))
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    still = {f"{name}_dropout": 0.0 for name in ("token", "residual", "ffn")}
+    generator = tiny_generator(plan, depth=4, **still).train()
+    want = generator.logits(ids, labels, plan)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    generator.compile_blocks(group=group)
+    assert torch.equal(generator.logits(ids, labels, plan), want)
+    with pytest.raises(UserError, match="groups of at least 1"):
+        generator.compile_blocks(group=0)
+
+
+@pytest.mark.slow
+def test_compiled_groups_have_the_gradients_of_plain_blocks():
+    from torch._dynamo.utils import counters
+
+    ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])
+    still = {f"{name}_dropout": 0.0 for name in ("token", "residual", "ffn")}
+    gradients = []
+    for compiled in (False, True):
+        generator = tiny_generator(PLAN, depth=4, **still).train()
+        if compiled:
+            torch._dynamo.reset()
+            counters.clear()
+            generator.compile_blocks(group=2)
+        token_cross_entropy(generator.logits(ids, labels, PLAN), ids).backward()
+        gradients.append([parameter.grad for parameter in generator.parameters() if parameter.grad is not None])
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-5, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1

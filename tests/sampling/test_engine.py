@@ -108,31 +108,12 @@ def test_a_recording_that_does_not_fit_is_done_without():
     assert len(tries) == 1
 
 
-@pytest.mark.parametrize("name", ["neighboring", "zipar"])
-def test_compiled_blocks_compute_the_same_and_compile_few_times(name, monkeypatch):
-    torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, dynamic=dynamic, backend=counting))
-    plan = PLANS[name]
-    generator = tiny_generator(plan)
-    shared = {"sampling": Sampling(seed=1, guidance=Guidance(scale=2.0)), "sample_index": torch.arange(3)}
-    expected = decode(generator, plan, LABELS, **shared)
-    decoder = Decoder(generator, plan, engine="compiled", record=rerun)
-    for _ in range(2):
-        assert torch.equal(decoder(LABELS, **shared), expected)
-    assert 0 < len(graphs) <= 8
-
-
 def test_engines_that_are_not_there():
     generator = tiny_generator(PLANS["raster"])
     with pytest.raises(UserError, match="engine=fast"):
         Decoder(generator, PLANS["raster"], engine="fast")
     with pytest.raises(UserError, match="CUDA graphs"):
         Decoder(generator, PLANS["raster"], engine="graph")
+    with pytest.raises(UserError, match="engine=fused is not available"):
+        Decoder(generator, PLANS["raster"], engine="fused")
     assert not Decoder(generator, PLANS["raster"]).recorded

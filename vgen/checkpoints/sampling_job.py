@@ -5,6 +5,7 @@ from omegaconf import DictConfig, OmegaConf
 from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline, read_config
 from vgen.processes import joined
 from vgen.runtime import pick_device, pick_dtype
+from vgen.sampling.engine import pick_engine
 from vgen.sampling.job import run_sampling
 from vgen.sampling.pixels import PixelSettings
 
@@ -54,7 +55,7 @@ def sample(config: DictConfig) -> None:
         "dtype": plain["dtype"],
         "picture_size": pipeline.picture_size,
         **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
-        **({"engine": plain["engine"]} if plain["engine"] == "compiled" else {}),
+        **({"engine": "fused"} if pick_engine(plain["engine"], device) == "fused" else {}),
         **({"pixels": plain["pixels"]} if pixels != PixelSettings() else {}),
     }
     if plain["text_features"] is not None:

@@ -216,6 +216,10 @@ def native_size(raw: Callable[[int], "Image"], count: int, where: str | Path) ->
     raise UserError(f"{where}: none of the {count} images can be read; check the files")
 
 
+SMALL = 64
+"""Side in pixels up to which one thread decodes fastest (32x32, two cores: 5,400 images/s, many threads 2,500)."""
+
+
 def decode_all(images: EncodedImages, *, description: str) -> ArrayImages:
     """Decode a whole set into memory with threads, leaving broken images out.
 
@@ -242,7 +246,8 @@ def decode_all(images: EncodedImages, *, description: str) -> ArrayImages:
             return str(error)
         return None
 
-    with ThreadPoolExecutor() as pool:
+    # Small pictures cost Python's time, for which threads only fight: one is twice as fast as many.
+    with ThreadPoolExecutor(max_workers=1 if images.image_size <= SMALL else None) as pool:
         todo = iter(range(len(images)))
         # Submitted in blocks, so that an error stops the work instead of waiting for every image.
         results = (result for block in iter(lambda: list(islice(todo, 1024)), []) for result in pool.map(decode, block))

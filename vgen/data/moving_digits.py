@@ -73,8 +73,12 @@ class MovingDigits:
 
     def picture(self, index: int) -> Tensor:
         """The clip at ``index`` as uint8 [3, T, S, S]."""
-        clip = self._clips(self.labels[index : index + 1], self.keys[index : index + 1], fresh=False)
-        return clip.expand(3, -1, -1, -1)
+        return self.pictures(torch.tensor([index]))[0]
+
+    def pictures(self, indices: Tensor) -> Tensor:
+        """The clips at ``indices`` (int64 [B]) as uint8 [B, 3, T, S, S], which is a view of one grey plane."""
+        clips = self._clips(self.labels[indices], self.keys[indices], fresh=False)
+        return clips[:, None].expand(-1, 3, -1, -1, -1)
 
     def raw(self, index: int) -> "Image":
         """The first frame as RGB image."""

@@ -1,18 +1,18 @@
 """The transformer block."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from vgen.layers import fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cross_attention import CrossAttention
 from vgen.layers.drop_path import DropPath
 from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
-from vgen.layers.norm import NormKind, make_norm
+from vgen.layers.norm import NormKind, RMSNorm, make_norm
 
 FeedForwardKind = Literal["swiglu", "gelu", "gelu_tanh"]
 
@@ -52,10 +52,12 @@ class Block(nn.Module):
         shape: sizes and switches.
         drop_path: stochastic depth of this block.
         skip: the block first mixes in the output of an earlier one (long skips of U-ViT, arXiv 2209.12152).
+        in_parts: another block calls the parts of this one.
     """
 
-    def __init__(self, shape: BlockShape, *, drop_path: float, skip: bool = False) -> None:
+    def __init__(self, shape: BlockShape, *, drop_path: float, skip: bool = False, in_parts: bool = False) -> None:
         super().__init__()
+        self.in_parts = in_parts
         dim, eps = shape.dim, shape.norm_eps
         self.attention_norm = make_norm(shape.norm, dim, eps=eps, affine=shape.norm_affine)
         self.attention = Attention(
@@ -98,18 +100,9 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.post_norm = shape.norm_position == "post"
-        self._compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-
-    def compile_decoding(self) -> None:
-        """Compile what lies before and behind the attention of a decoding pass, for any number of slots.
-
-        The attention itself stays out: its prefix has another length in every pass.
-        """
-        options: dict[str, Any] = {"emulate_precision_casts": True}
-        self._compiled = (
-            torch.compile(self.before, dynamic=True, options=options),
-            torch.compile(self.behind, dynamic=True, options=options),
-        )
+        others = (self.cross_attention, self.modulation, self.skip)
+        self._fusible = not self.post_norm and all(other is None for other in others)
+        self._fusible &= fused.is_plain((self.attention_norm, self.ffn_norm), self.attention, self.feed_forward)
 
     def forward(self, x: Tensor, view: View, layer: int, skipped: Tensor | None = None) -> Tensor:
         """Map x [B, F, dim]; ``layer`` indexes the cache in the view, ``skipped`` is like x."""
@@ -119,23 +112,40 @@ class Block(nn.Module):
         if self.post_norm:
             x = self.attention_norm(x + self.drop_path(self.attention(x, view, layer)))
             return self.ffn_norm(x + self.drop_path(self.feed_forward(x)))
-        window, before, behind = None, self.before, self.behind
-        if view.cache is not None:
-            if view.row_start >= 0:
-                window = view.cache.window(layer, view.row_start, x.shape[1])
-            if self._compiled is not None:
-                before, behind = self._compiled
+        if self.attention.fused and self._fusible and fused.can_run(x, self.attention, view):
+            return self._fused(x, view, layer)
+        window = None
+        if view.cache is not None and view.row_start >= 0:
+            window = view.cache.window(layer, view.row_start, x.shape[1])
         changes: tuple[Tensor, ...] = ()
         if self.modulation is not None:
             assert view.modulator is not None
             changes = self.modulation(view.modulator)
-        query, key, value = before(x, view.rope, changes[:2], window)
+        query, key, value = self.before(x, view.rope, changes[:2], window)
         seen = self.attention.look(query, key, value, view, layer)
         if self.cross_attention is not None and self.cross_norm is not None:
             x = x + self.drop_path(self.attention.merge(seen))
             x = x + self.drop_path(self.cross_attention(self.cross_norm(x), view, layer))
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
-        return behind(x, seen, changes[2:])
+        return self.behind(x, seen, changes[2:])
+
+    def fuse(self, enabled: bool) -> None:
+        """Run decoding passes by the kernels of :mod:`vgen.layers.fused`, where those know this block, or not.
+
+        They want two weights side by side, so these move once; what was recorded on them before must not run any more.
+        """
+        self.attention.fused = enabled
+        if enabled and self._fusible and isinstance(self.feed_forward, SwiGLU):
+            self.feed_forward.merged()
+
+    def _fused(self, x: Tensor, view: View, layer: int) -> Tensor:
+        """The same in fewer kernels."""
+        assert isinstance(self.attention_norm, RMSNorm)
+        assert isinstance(self.ffn_norm, RMSNorm)
+        assert isinstance(self.feed_forward, SwiGLU)
+        query = fused.before(x, self.attention_norm, self.attention, view, layer)
+        seen = self.attention.look(query, None, None, view, layer)
+        return fused.behind(x, seen, self.ffn_norm, self.attention, self.feed_forward)
 
     def before(
         self, x: Tensor, rope: Tensor | None, changes: tuple[Tensor, ...], window: Tensor | None

@@ -57,8 +57,8 @@ class JointBlock(nn.Module):
     def __init__(self, shape: BlockShape, *, num_text: int, drop_path: float, last: bool) -> None:
         super().__init__()
         self.num_text = num_text
-        self.tokens = Block(shape, drop_path=drop_path)
-        self.text = TextEntry(shape) if last else Block(shape, drop_path=drop_path)
+        self.tokens = Block(shape, drop_path=drop_path, in_parts=True)
+        self.text = TextEntry(shape) if last else Block(shape, drop_path=drop_path, in_parts=True)
 
     def forward(self, x: Tensor, view: View, layer: int, skipped: Tensor | None = None) -> Tensor:
         """Map x [B, T + F, dim]; ``layer`` as in :class:`vgen.generators.block.Block`, ``skipped`` is not used."""

@@ -6,7 +6,7 @@ MaskGIT, TiTok and TA-TiTok (MaskGen).
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from vgen.generators.joint_block import JointBlock
 from vgen.generators.joint_text import JointText
 from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
+from vgen.generators.readout import Readout, join_heads, shares, weighted
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
@@ -104,6 +105,9 @@ class Transformer(nn.Module):
             the plan (``Plan.has_queries``).
         mask_token: one more token embedding, for tokens that are not known. Taken from the plan (``Plan.masking``).
         gradient_checkpointing: recompute blocks in the backward pass.
+
+    Attributes:
+        fused: decoding passes use kernels of their own; set by :meth:`fuse_decoding`.
 
     Raises:
         UserError: for sizes or switches that do not fit together.
@@ -179,6 +183,7 @@ class Transformer(nn.Module):
         self.dim, self.heads, self.kv_heads, self.head_dim = dim, heads, kv_heads, dim // heads
         self.num_readouts, self.num_learned = num_readouts, num_learned
         self.gradient_checkpointing = gradient_checkpointing
+        self.fused = False
         self.told_target = positions == "own_target" or rope == "own_target"
         self.adaln = check_adaln(adaln, condition, directions)
         check_combinations(
@@ -293,16 +298,37 @@ class Transformer(nn.Module):
             latent_head.initialise()
         elif outputs:
             nn.init.zeros_(outputs[0].weight)
+        self.residual_dtype: torch.dtype | None = None
+        self._compiled_group: Callable[..., Tensor] | None = None
+        self._group = 1
 
-    def compile_blocks(self) -> None:
-        """Compile every block for training, in place: names of parameters stay, and one compilation serves all."""
+    def compile_blocks(self, *, group: int = 1) -> None:
+        """Compile the blocks for training, in place: names of parameters stay, and one compilation serves all groups.
+
+        Args:
+            group: consecutive blocks compiled as one; more take longer to compile, fewer calls to run, and let the
+                compiler join what two blocks do to the residual stream. Ignored with long skips.
+
+        Raises:
+            UserError: for a group below 1, or of several blocks that are to be recomputed one by one.
+        """
+        if group < 1:
+            raise UserError(f"blocks are compiled in groups of at least 1, not {group}")
+        if group > 1 and self.gradient_checkpointing:
+            raise UserError("generator.gradient_checkpointing recomputes single blocks; compile them one by one")
         for block in self.layers:
             block.compile()
+        if group > 1 and self.first_skip == len(self.layers):
+            self._group, self._compiled_group = group, torch.compile(_run_group)
 
-    def compile_decoding(self) -> None:
-        """Compile every block for decoding, in place; sums of bfloat16 products may round differently from then on."""
+    def fuse_decoding(self, enabled: bool = True) -> None:
+        """Have decoding passes run by the kernels of :mod:`vgen.layers.fused`, where those know the block, or not.
+
+        Sums of bfloat16 products round differently in them. The first call moves weights, see :meth:`Block.fuse`.
+        """
+        self.fused = enabled
         for block in self._blocks():
-            block.compile_decoding()
+            block.fuse(enabled)
 
     @property
     def num_condition(self) -> int:
@@ -368,6 +394,11 @@ class Transformer(nn.Module):
             raise UserError(
                 f"schedule '{plan.name}' hides no tokens; a generator of continuous tokens or of joint streams of text "
                 "and tokens sees all slots in every pass: choose schedule=masked or masked_random"
+            )
+        if not self.outputs and self.latent_head is None and bool((torch.bincount(plan.reads[:, 2]) > 1).any()):
+            raise UserError(
+                f"schedule '{plan.name}' reads a token at several slots, which a generator with tied_output=true does "
+                "not average; choose another, or set generator.tied_output=false"
             )
         if self.latent_head is not None and plan.policy is not None:
             raise UserError(
@@ -455,7 +486,10 @@ class Transformer(nn.Module):
             seen["context_mask"] = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
             # Passes after the one that feeds the condition find its keys and values in the cache.
             seen["context"] = context if len(feed.conditions) else None
-        return self.embed(ids, condition, feed, places, blank), View(rope=rope, modulator=modulator, **seen)
+        x = self.embed(ids, condition, feed, places, blank)
+        if self.residual_dtype is not None and self._trains():
+            x = x.to(self.residual_dtype)
+        return x, View(rope=rope, modulator=modulator, **seen)
 
     def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
         """Embed the slots of a feed.
@@ -532,9 +566,16 @@ class Transformer(nn.Module):
         hidden: list[Tensor] = []
         earlier: list[Tensor] = []
         # Only training calls the compiled blocks: decoding changes shapes at every pass, and each would compile again.
-        training = self.training and torch.is_grad_enabled()
-        first_readout = len(self.layers) - self.num_readouts
-        for index, block in enumerate(self.layers):
+        training = self._trains()
+        first_readout, first = len(self.layers) - self.num_readouts, 0
+        if training and self._compiled_group is not None:
+            blocks = list(self.layers)
+            while first + self._group <= first_readout + 1:
+                x = self._compiled_group(blocks[first : first + self._group], x, view)
+                first += self._group
+            if first == first_readout + 1:
+                hidden.append(x)
+        for index, block in enumerate(self.layers[first:], first):
             skipped = earlier.pop() if index >= self.first_skip else None
             if not training:
                 x = block.forward(x, view, index, skipped)
@@ -548,6 +589,9 @@ class Transformer(nn.Module):
                 hidden.append(x)
         return hidden
 
+    def _trains(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
     def read(self, hidden: list[Tensor], read: Read, num_targets: int, modulator: Modulator | None) -> Tensor:
         """Logits of the targets, the mean over their reads.
 
@@ -558,19 +602,49 @@ class Transformer(nn.Module):
             modulator: conditioning of the slots, from :meth:`modulator`.
 
         Returns:
-            float32 [B, D, V].
+            float32 [B, D, V], or states [B, D, dim] for continuous tokens.
         """
         if read.simple:
-            return self._head(0, hidden[0], read.slots[0], modulator)
-        total = torch.zeros(len(hidden[0]), num_targets, self.vocab_size, device=hidden[0].device)
-        for head, state in enumerate(hidden):
-            if len(read.slots[head]):
-                logits = self._head(head, state, read.slots[head], modulator)
-                total = total.index_add(1, read.targets[head], logits * read.weights[head][:, None])
-        return total
+            normal = self._normal(0, hidden[0], read.slots[0], modulator)
+            return normal.float() if self.latent_head is not None else F.linear(normal, *self._matrix()).float()
+        total: Tensor | None = None
+        for head in self._heads(read):
+            output, mean = self._output(head), self._mean(head, hidden, read, num_targets, modulator)
+            if total is None:
+                total = F.linear(mean, output.weight)
+            else:
+                sums = torch.addmm(total.flatten(0, 1), mean.flatten(0, 1), output.weight.t())
+                total = sums.view_as(total)
+            if output.bias is not None:
+                total = total + shares(read, head, num_targets)[:, None] * output.bias
+        assert total is not None
+        return total.float()
 
-    def _head(self, head: int, state: Tensor, slots: Tensor, modulator: Modulator | None) -> Tensor:
-        """Logits float32 [B, n, V] of an output head at slots int64 [n] or [B, n] of a hidden state [B, F, dim]."""
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, dim] and bias [V] of the first output head."""
+        if self.outputs:
+            output = self._output(0)
+            return output.weight, output.bias
+        assert isinstance(self.tok_embeddings, nn.Embedding)
+        return self.tok_embeddings.weight[: self.vocab_size], None
+
+    def _output(self, head: int) -> nn.Linear:
+        output = self.outputs[head]
+        assert isinstance(output, nn.Linear)
+        return output
+
+    @staticmethod
+    def _heads(read: Read) -> list[int]:
+        return [head for head, slots in enumerate(read.slots) if slots.numel()]
+
+    def _mean(
+        self, head: int, hidden: list[Tensor], read: Read, num_targets: int, modulator: Modulator | None
+    ) -> Tensor:
+        """Share of a head in the mean over reads, in front of its matrix, [B, D, dim]: the mean commutes with it."""
+        return weighted(self._normal(head, hidden[head], read.slots[head], modulator), read, head, num_targets)
+
+    def _normal(self, head: int, state: Tensor, slots: Tensor, modulator: Modulator | None) -> Tensor:
+        """What an output head sees at slots int64 [n] or [B, n] of a hidden state [B, F, dim], [B, n, dim]."""
         if slots.dim() == 1:
             chosen = state[:, slots]
         else:
@@ -579,12 +653,7 @@ class Transformer(nn.Module):
         if modulator is not None:
             shift, scale = self.modulations[head](modulator.select(slots))
             normal = normal * (1 + scale) + shift
-        if self.latent_head is not None:
-            return normal.float()
-        if not self.outputs:
-            assert isinstance(self.tok_embeddings, nn.Embedding)
-            return F.linear(normal, self.tok_embeddings.weight[: self.vocab_size]).float()
-        return self.outputs[head](normal).float()
+        return normal
 
     def logits(
         self,
@@ -616,6 +685,40 @@ class Transformer(nn.Module):
             earlier passes, for plans with a mask token on all tokens that are not hidden. For continuous tokens the
             states [B, N, dim] that the latent head draws them from.
         """
+        states, read, modulator = self._teach(
+            ids, condition, plan, order=order, drop=drop, padding=padding, flex=flex, hidden=hidden
+        )
+        return self.read(states, read, plan.num_tokens, modulator)
+
+    def readout(self, ids: Tensor, condition: Tensor, plan: Plan, **options: Any) -> Readout:
+        """What the logits of :meth:`logits` are the product of, for losses that never hold all of them.
+
+        Args:
+            ids: see :meth:`logits`.
+            condition: likewise.
+            plan: likewise.
+            options: likewise.
+        """
+        states, read, modulator = self._teach(ids, condition, plan, **options)
+        if read.simple:
+            return Readout(self._normal(0, states[0], read.slots[0], modulator), *self._matrix())
+        heads, targets = self._heads(read), plan.num_tokens
+        means = [self._mean(head, states, read, targets, modulator) for head in heads]
+        return join_heads(means, [self._output(head) for head in heads], [shares(read, h, targets) for h in heads])
+
+    def _teach(
+        self,
+        ids: Tensor,
+        condition: Tensor,
+        plan: Plan,
+        *,
+        order: Tensor | None = None,
+        drop: Tensor | None = None,
+        padding: Tensor | None = None,
+        flex: bool = False,
+        hidden: Tensor | None = None,
+    ) -> tuple[list[Tensor], Read, Modulator | None]:
+        """Hidden states [B, S, dim] of the teacher-forced pass, where to read them, and what modulates the heads."""
         tensors = plan.on(ids.device)
         if hidden is not None:
             assert self.mask_token, "only a network with a mask token can hide tokens"
@@ -637,7 +740,7 @@ class Transformer(nn.Module):
             if not tensors.causal:
                 visible = torch.ones_like(visible) if tensors.mask is None else tensors.mask
             view = replace(view, causal=False, mask=mask_padding(visible, padding, slots))
-        return self.read(self.run_blocks(x, view), read, plan.num_tokens, view.modulator)
+        return self.run_blocks(x, view), read, view.modulator
 
     def step(
         self,
@@ -721,7 +824,7 @@ class Transformer(nn.Module):
         return fine
 
     def new_cache(self, batch: int, rows: int) -> KVCache:
-        """An empty cache for ``batch`` sequences of ``rows`` slots."""
+        """A cache for ``batch`` sequences of ``rows`` slots, not written yet."""
         return KVCache(
             layers=len(self.layers),
             batch=batch,
@@ -738,6 +841,13 @@ class Transformer(nn.Module):
 def _blanked(latents: Tensor, hidden: Tensor) -> Tensor:
     """Latents [B, N, C], NaN where hidden, bool [B, N]."""
     return latents.masked_fill(hidden[..., None], torch.nan)
+
+
+def _run_group(blocks: list[nn.Module], x: Tensor, view: View) -> Tensor:
+    """Run consecutive blocks in training, where their numbers do not matter: there is no cache."""
+    for block in blocks:
+        x = block.forward(x, view, 0)
+    return x
 
 
 def _initialise(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from vgen.layers.cache import KVCache
 from vgen.layers.modulation import Modulator
 from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import rotate
+from vgen.layers.short_attention import runs_here, short_attention
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask bool [F, P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does either again."""
     columns = mask.shape[-1]
-    rows = torch.zeros(len(mask), -(-columns // 8) * 8, dtype=dtype, device=mask.device)
+    rows = torch.zeros(len(mask), -(-columns // 16) * 16, dtype=dtype, device=mask.device)
     return rows[:, :columns].masked_fill_(~mask, float("-inf"))
 
 
@@ -101,6 +102,10 @@ class Attention(nn.Module):
         qk_norm: norm of every query and key over the head width, shared by all heads; None = none.
         norm_eps: of that norm.
         output: has an output projection; without one :meth:`merge` cannot be used.
+
+    Attributes:
+        fused: few queries against a cache go through :func:`vgen.layers.short_attention.short_attention`; set by
+            ``Transformer.fuse_decoding``.
     """
 
     def __init__(
@@ -121,10 +126,12 @@ class Attention(nn.Module):
         qkv_bias = bias if qkv_bias is None else qkv_bias
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.dropout = dropout
+        self.fused = False
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.q_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
-        self.wo = nn.Linear(dim, dim, bias=bias) if output else None
+        if output:
+            self.wo = nn.Linear(dim, dim, bias=bias)
         self.residual_dropout = nn.Dropout(residual_dropout)
 
     def forward(self, x: Tensor, view: View, layer: int) -> Tensor:
@@ -134,8 +141,13 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
-        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim).transpose(1, 2)
-        both, value = heads.split([self.heads + self.kv_heads, self.kv_heads], dim=1)
+        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim)
+        if torch.compiler.is_compiling():
+            # Apart, and in the layout of the projection: the compiler then joins rotations and their gradients to the
+            # kernels on either side, where joined queries and keys are copied once more.
+            query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            return self._placed(query, self.q_norm, rope), self._placed(key, self.k_norm, rope), value.transpose(1, 2)
+        both, value = heads.transpose(1, 2).split([self.heads + self.kv_heads, self.kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = both.split([self.heads, self.kv_heads], dim=1)
             both = torch.cat([self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)], dim=1)
@@ -143,6 +155,12 @@ class Attention(nn.Module):
             both = rotate(both, rope)
         query, key = both.split([self.heads, self.kv_heads], dim=1)
         return query, key, value
+
+    @staticmethod
+    def _placed(x: Tensor, norm: nn.Module | None, rope: Tensor | None) -> Tensor:
+        """Queries or keys [B, F, heads, head_dim], normed and rotated, as [B, heads, F, head_dim]."""
+        normal = x if norm is None else norm(x).type_as(x)
+        return normal.transpose(1, 2) if rope is None else rotate(normal.transpose(1, 2), rope)
 
     def look(self, query: Tensor, key: Tensor | None, value: Tensor | None, view: View, layer: int) -> Tensor:
         """What the slots see, [B, F, heads * head_dim]; without keys and values those of the cache, already written."""
@@ -152,6 +170,8 @@ class Attention(nn.Module):
         elif view.cache is not None:
             assert view.rows is not None
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
+        if self.fused and view.cache is not None and view.blocks is None and runs_here(query, key, view.mask):
+            return short_attention(query, key, value, bias=view.mask)
         if view.blocks is not None:
             out = attend_blocks(query, key, value, view.blocks)
         else:
@@ -161,5 +181,4 @@ class Attention(nn.Module):
 
     def merge(self, seen: Tensor) -> Tensor:
         """Output projection of what :meth:`look` returned, [B, F, dim]."""
-        assert self.wo is not None
         return self.residual_dropout(self.wo(seen))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of all layers.
+    """Keys and values of all layers; what they hold before they are written is left open.
 
     Args:
         layers: number of attention layers.
@@ -32,9 +32,16 @@ class KVCache:
         context_heads: int = 0,
         context_rows: int = 0,
     ) -> None:
-        self.buffer = torch.zeros(layers, 2, batch, heads, rows, head_dim, device=device, dtype=dtype)
+        self.buffer = torch.empty(layers, 2, batch, heads, rows, head_dim, device=device, dtype=dtype)
         shape = (layers, 2, batch, context_heads, context_rows, head_dim)
         self.beside = torch.zeros(shape, device=device, dtype=dtype) if context_rows else None
+
+    def clear(self) -> None:
+        """Fill the rows with zeros, for passes that look at rows not written yet.
+
+        A mask hides such rows, but they must be finite. Other passes do without: it costs as much as one of them.
+        """
+        self.buffer.zero_()
 
     def narrow(self, batch: int) -> None:
         """Keep only the first samples: the guidance branch behind them is not needed any more."""

@@ -1,5 +1,6 @@
 """Feed-forward layers."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,21 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(dim, hidden, bias=bias)
         self.w2 = nn.Linear(hidden, dim, bias=bias)
         self.dropout = nn.Dropout(dropout)
+        self._merged: Tensor | None = None
+
+    def merged(self) -> Tensor:
+        """The weights of w1 and w3 in one tensor [2 hidden, dim]: their own memory, so it follows what changes them.
+
+        The first call, and the first one after the weights have moved, moves them together.
+        """
+        first, third = self.w1.weight, self.w3.weight
+        whole = self._merged
+        if whole is None or [first.data_ptr(), third.data_ptr()] != [half.data_ptr() for half in whole.chunk(2)]:
+            with torch.inference_mode(False), torch.no_grad():
+                whole = torch.cat([first.detach(), third.detach()])
+                first.data, third.data = whole.chunk(2)
+            self._merged = whole
+        return whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""

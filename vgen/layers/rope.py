@@ -166,10 +166,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """
     if table.dim() == 4:
         table = table.unsqueeze(1)
-    pairs = x.float().unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():
-        # One complex product instead of seven kernels; the compiler fuses the real ones, and complex ones not.
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table)).flatten(-2).type_as(x)
-    a, b = pairs.unbind(-1)
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+        # One complex product instead of several kernels.
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).type_as(x)
+    # For a compiler, which does not fuse complex numbers: every number and its neighbour, swapped by an index, so that
+    # both directions read and write their tensor once.
+    signs = 2.0 * torch.arange(2, device=x.device) - 1.0
+    cos = table[..., :1].expand(*table.shape).flatten(-2)
+    sin = (table[..., 1:] * signs).flatten(-2)
+    wide = x.float()
+    return (wide * cos + wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin).type_as(x)

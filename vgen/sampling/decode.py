@@ -13,6 +13,7 @@ from vgen.errors import UserError
 from vgen.generators.places import Located
 from vgen.generators.transformer import Transformer
 from vgen.random import keyed_uniform
+from vgen.sampling.draw import draw_tokens, draws_here
 from vgen.sampling.filters import filter_logits
 from vgen.sampling.noise import KeyedNoise, Noise
 from vgen.sampling.settings import Sampling, SpatialGuidance
@@ -198,8 +199,13 @@ def run_passes(
     if order is None:
         order = decoding_order(plan, seed, sample_index, known)
 
+    # Only who can see that a token is open is told so: marks have to be replaced in front of every pass.
+    marked = plan.policy is not None or plan.masking is not None or watch is not None
     # The last column takes what run-time passes write for lanes that decide nothing.
-    head, ids = generator.latent_head, generator.unknown(batch, total + 1, device)
+    head = generator.latent_head
+    ids = generator.unknown(batch, total + 1, device)
+    if not marked and head is None:
+        ids.fill_(generator.unknown_id)
     given = torch.zeros(ids.shape[:2], dtype=torch.bool, device=device)
     fixed = torch.zeros_like(given, dtype=torch.int64)
     if known is not None and known_ids is not None:
@@ -217,11 +223,21 @@ def run_passes(
     branches = 3 if spatial is not None else 2 if last_guided >= 0 else 1
     blank = None if spatial is None else _blank(given[:, :total], spatial, order, seed, sample_index)
     by_moment = None if plan.policy is None else torch.tensor(weights, device=device)
+    # Every branch has a copy of its own, so that no pass has to make one.
+    ids = ids.repeat(branches, *([1] * (ids.dim() - 1)))
+    places = order if order.dim() == 1 else order.repeat(branches, 1)
 
     embedded = _embed_condition(generator, condition, branches)
     if padding is not None:
         padding = padding.repeat(branches, 1)
-    cache = generator.new_cache(len(embedded), plan.num_rows) if plan.needs_cache else None
+    cache = None
+    if plan.needs_cache:
+        cache = generator.new_cache(len(embedded), plan.num_rows)
+        if plan.sees_unwritten:
+            cache.clear()
+    # What the kernels of the draw can do, for the numbers they are given.
+    plainly = generator.fused and plan.policy is None and spatial is None and trace is None
+    plainly = plainly and not sampling.greedy and sampling.top_k == 0 and sampling.top_p == 1.0
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
@@ -232,62 +248,60 @@ def run_passes(
             branches = 1
             if cache is not None:
                 cache.narrow(batch)
-            embedded = embedded[:batch]
+            embedded, ids = embedded[:batch], ids[:batch]
             padding = None if padding is None else padding[:batch]
         plain = cache is None and branches == 2 and isinstance(moment, int) and weights[moment] == 1.0
         live = 1 if plain else branches
-        fed, places = ids if head is not None else ids.masked_fill(ids < 0, generator.unknown_id), order
-        if live > 1:
-            fed = fed.repeat(live, *([1] * (fed.dim() - 1)))
-            places = order if order.dim() == 1 else order.repeat(live, 1)
+        fed = ids[: live * batch]
         logits = generator.step(
-            fed,
+            fed.masked_fill(fed < 0, generator.unknown_id) if marked and head is None else fed,
             embedded[: live * batch],
             forward.repeated(live),
-            places,
+            places if places.dim() == 1 else places[: live * batch],
             cache,
             padding=None if padding is None else padding[: live * batch],
             blank=blank,
             located=None if located is None else located[index],
         )
         targets = forward.targets.expand(batch, -1)
-        if head is not None:
-            assert isinstance(moment, int)
-            if trace is not None:
-                trace(index, logits[:batch])
-            drawn = head.draw(
-                list(logits.chunk(live)),
-                _ordered(order.expand(batch, -1), targets),
-                weights[moment],
-                partial(noise.normal, targets, head.channels),
-                steps=min(head.train_steps, sampling.diffusion_steps or DIFFUSION_STEPS),
-                temperature=sampling.temperature,
-            )
-            ids.scatter_(1, targets[..., None].expand_as(drawn), drawn)
-            if watch is not None:
-                watch(index, _in_raster(ids[:, :total], order))
-            index += 1
-            continue
+        weight: float | Tensor = 1.0
         if live > 1:
-            weight: float | Tensor
             if isinstance(moment, int):
                 weight = weights[moment]
             else:
                 assert by_moment is not None
                 weight = by_moment[moment][:, None, None]
-            share = decided / total if isinstance(decided, int) else 0.0
-            logits = _guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
-        if trace is not None:
-            trace(index, logits)
-        scores, tokens = _choose(logits, targets, sampling, course, noise)
-        tokens = course.settle(tokens, scores)
+        if head is not None:
+            assert isinstance(weight, float)
+            if trace is not None:
+                trace(index, logits[:batch])
+            tokens = head.draw(
+                list(logits.chunk(live)),
+                _ordered(order.expand(batch, -1), targets),
+                weight,
+                partial(noise.normal, targets, head.channels),
+                steps=min(head.train_steps, sampling.diffusion_steps or DIFFUSION_STEPS),
+                temperature=sampling.temperature,
+            )
+        elif plainly and isinstance(noise, KeyedNoise) and isinstance(weight, float) and draws_here(logits):
+            tokens = draw_tokens(logits, noise.first, targets, weight=weight, temperature=sampling.temperature)
+        else:
+            if live > 1:
+                share = decided / total if isinstance(decided, int) else 0.0
+                logits = guide(logits, live, weight, 0.0 if spatial is None else spatial.weight(share))
+            if trace is not None:
+                trace(index, logits)
+            scores, tokens = _choose(logits, targets, sampling, course, noise)
+            tokens = course.settle(tokens, scores)
         if known is not None:
             tokens = torch.where(given.gather(1, targets), fixed.gather(1, targets), tokens)
-        ids.scatter_(1, targets, tokens)
+        where = targets if head is None else targets[..., None].expand_as(tokens)
+        shape = (branches, *tokens.shape)
+        ids.view(branches, batch, *ids.shape[1:]).scatter_(2, where.expand(shape), tokens.expand(shape))
         if watch is not None:
-            watch(index, _in_raster(ids[:, :total], order))
+            watch(index, _in_raster(ids[:batch, :total], order))
         index += 1
-    finished = _in_raster(ids[:, :total], order)
+    finished = _in_raster(ids[:batch, :total], order)
     return finished.clamp(min=0) if head is None else finished.nan_to_num()
 
 
@@ -412,7 +426,7 @@ def _blank(given: Tensor, spatial: SpatialGuidance, order: Tensor, seed: Tensor,
     return torch.cat([torch.zeros_like(third), torch.zeros_like(third), third])
 
 
-def _guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
+def guide(logits: Tensor, branches: int, weight: float | Tensor, spatial: float) -> Tensor:
     """Combine two or three guidance branches [branches B, D, V] into [B, D, V]; the weight is a number or [B, 1, 1]."""
     conditional, unconditional, *partial = logits.chunk(branches)
     if partial:

@@ -11,12 +11,30 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.generators.places import Located
 from vgen.generators.transformer import Transformer
+from vgen.layers.fused import check_available, why_not
 from vgen.sampling.decode import Request, Watch, check_request, run_passes
 from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.plan import Plan
 
-Engine = Literal["auto", "eager", "graph", "compiled"]
+Engine = Literal["auto", "eager", "graph", "fused"]
 Record = Callable[[Callable[[], Tensor], torch.device], Callable[[], Tensor]]
+
+
+def pick_engine(engine: Engine, device: torch.device) -> Engine:
+    """The engine that a setting stands for: ``auto`` is the fastest one of the device, ``eager`` on the CPU.
+
+    Raises:
+        UserError: for an unknown engine, or ``fused`` without what it needs.
+    """
+    if engine not in get_args(Engine):
+        raise UserError(f"engine={engine} is unknown; choose one of {', '.join(get_args(Engine))}")
+    if engine == "fused":
+        check_available(device)
+    if engine != "auto":
+        return engine
+    if device.type != "cuda":
+        return "eager"
+    return "graph" if why_not(device) else "fused"
 
 
 class GraphRecorder:
@@ -91,14 +109,15 @@ class Decoder:
     A graph holds all passes of a decoding for one batch size, set of inputs and sampling settings; seed, sample indices
     and conditions are its inputs. The first batch of a kind runs eagerly, which warms up what a recording must not do;
     the second records; a job with a single batch never pays for a recording. Orders that are decided at run time and
-    calls that watch the passes run eagerly always. All ways draw the same tokens, but for ``compiled``, where fused
-    kernels round differently.
+    calls that watch the passes run without a graph always. ``graph`` and ``eager`` draw the same tokens; the kernels of
+    ``fused`` round differently.
 
     Args:
-        generator: network in eval mode; its weights may change in place, not move.
+        generator: network in eval mode; its weights may change in place, not move. ``fused`` itself moves some when the
+            first decoder of a network is made: make it before one of another engine records.
         plan: decode order.
-        engine: ``eager``, ``graph``, ``compiled`` (graphs of blocks fused by torch.compile), or ``auto``: ``graph`` on
-            a CUDA device, otherwise ``eager``.
+        engine: ``eager``, ``graph``, ``fused`` (graphs of the kernels of :mod:`vgen.layers.fused`), or ``auto``, see
+            :func:`pick_engine`.
         largest: graphs kept at once; the one unused for longest goes first.
         record: makes a replay of a function; for tests on devices without graphs.
 
@@ -115,14 +134,13 @@ class Decoder:
         largest: int = 4,
         record: Record | None = None,
     ) -> None:
-        if engine not in get_args(Engine):
-            raise UserError(f"engine={engine} is unknown; choose one of {', '.join(get_args(Engine))}")
+        engine = pick_engine(engine, generator.device)
         on_cuda = generator.device.type == "cuda"
-        if engine in ("graph", "compiled") and not (on_cuda or record):
+        if engine != "eager" and not (on_cuda or record):
             raise UserError(
                 f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
             )
-        self.generator, self.plan = generator, plan
+        self.generator, self.plan, self.engine = generator, plan, engine
         fixed = plan.policy is None and not generator.works_on_host
         self.recorded = fixed and engine != "eager" and (on_cuda or record is not None)
         self._own_record, self._largest = record, largest
@@ -130,8 +148,10 @@ class Decoder:
         self._recordings: dict[tuple, Recording | None] = {}
         self._too_large: set[tuple] = set()
         self._located: list[Located] | None = None
-        if engine == "compiled":
-            generator.compile_decoding()
+        if engine == "fused":
+            # Moves weights now, not between two recordings.
+            generator.fuse_decoding()
+            generator.fuse_decoding(False)
 
     @torch.inference_mode()
     def __call__(
@@ -200,16 +220,20 @@ class Decoder:
         num_passes: int | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
-        return run_passes(
-            self.generator,
-            self.plan,
-            request,
-            sampling=sampling,
-            spatial=spatial,
-            num_passes=num_passes,
-            located=self._places(request),
-            watch=watch,
-        )
+        self.generator.fuse_decoding(self.engine == "fused")
+        try:
+            return run_passes(
+                self.generator,
+                self.plan,
+                request,
+                sampling=sampling,
+                spatial=spatial,
+                num_passes=num_passes,
+                located=self._places(request),
+                watch=watch,
+            )
+        finally:
+            self.generator.fuse_decoding(False)
 
     def _places(self, request: Request) -> list[Located] | None:
         """What the passes take from the places of their slots, looked up once where all samples share one order."""

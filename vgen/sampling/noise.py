@@ -40,18 +40,21 @@ class KeyedNoise:
         seed: of the samples, a number or an int64 scalar.
         sample_index: int64 [B].
         order: int64 [N] or [B, N], raster position of every order index.
+
+    Attributes:
+        first: float64 [B, N + 1], numbers of the first draw by order index.
     """
 
     def __init__(self, seed: int | Tensor, sample_index: Tensor, order: Tensor) -> None:
         self._seed, self._sample, self._order = seed, sample_index[:, None], order
         first = keyed_uniform(seed, self._sample, order)
         # The last column is for lanes of run-time passes that decide nothing.
-        self._first = torch.cat([first, torch.zeros_like(first[:, :1])], dim=1)
+        self.first = torch.cat([first, torch.zeros_like(first[:, :1])], dim=1)
 
     def pick(self, logits: Tensor, targets: Tensor, trial: int) -> Tensor:
         """Draw tokens; arguments as in :class:`Noise`."""
         if trial == 0:
-            return pick_tokens(logits, self._first.gather(1, targets))
+            return pick_tokens(logits, self.first.gather(1, targets))
         return pick_tokens(logits, self.uniform(targets, torch.full_like(self._sample, trial), _DRAW_STREAM))
 
     def uniform(self, index: Tensor, trial: Tensor, stream: int) -> Tensor:

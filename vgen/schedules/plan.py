@@ -282,6 +282,18 @@ class Plan:
         """Whether some pass sees slots that an earlier one fed."""
         return not all(torch.equal(forward.rows, torch.arange(forward.prefix)) for forward in self.forwards)
 
+    @cached_property
+    def sees_unwritten(self) -> bool:
+        """Whether some pass attends over cache rows that none has written yet, hidden by its mask."""
+        if self.policy is not None:
+            return True
+        written = torch.zeros(self.num_rows, dtype=torch.bool)
+        for forward in self.forwards:
+            written[forward.rows] = True
+            if not bool(written[: forward.prefix].all()):
+                return True
+        return False
+
     def on(self, device: torch.device) -> "DevicePlan":
         """The index tensors the network and the loop use, on a device; built once per device."""
         if device not in self._memo:

@@ -3,19 +3,28 @@
 from typing import Any, Literal, get_args
 
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vgen.data.video_transforms import first_frames
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
-from vgen.losses.tokens import masked_cross_entropy, token_accuracy, token_cross_entropy
+from vgen.losses.tokens import (
+    MASKED_FLOOR,
+    linear_cross_entropy,
+    masked_cross_entropy,
+    mean_accuracy,
+    token_accuracy,
+    token_cross_entropy,
+)
 from vgen.random import keyed_uniform
 from vgen.schedules.plan import Plan
 from vgen.tokenizers.base import Tokenizer
 from vgen.training.module import MakeOptimizer, TrainingModule
 
 AttentionKind = Literal["auto", "dense", "flex"]
+RESIDUALS = {"float32": None, "bfloat16": torch.bfloat16}
 # Slots; at 256 the mask was 3 % faster (H200, benchmarks/RESULTS.md): blocks of 128 leave too little to skip.
 FLEX_FROM = 1024
 _CONDITION_STREAM, _ORDER_STREAM, _COIN_STREAM, _SHARE_STREAM, _HIDE_STREAM = 102, 103, 104, 105, 106
@@ -38,6 +47,11 @@ class GeneratorModule(TrainingModule):
         attention: how a visibility that is not causal is trained: ``dense`` (a mask tensor), ``flex`` (FlexAttention,
             which skips what nobody sees), or ``auto``: flex on a GPU with compiled blocks and long sequences, otherwise
             dense.
+        compile_group: blocks compiled as one, see :meth:`Transformer.compile_blocks`.
+        residual: dtype of the residual stream between blocks in training: ``float32``, or ``bfloat16``, which moves
+            half the bytes and needs bfloat16 autocast.
+        fused_loss: compute the loss with the last matrix product, in chunks, without holding all logits; ``auto`` = on
+            a GPU.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
 
     Raises:
@@ -56,6 +70,9 @@ class GeneratorModule(TrainingModule):
         condition_dropout: float,
         compile_network: bool,
         attention: AttentionKind = "auto",
+        compile_group: int = 1,
+        residual: str = "float32",
+        fused_loss: bool | Literal["auto"] = "auto",
         label_smoothing: float = 0.0,
         visible_weight: float | None = None,
         given_frames: int | None = None,
@@ -76,8 +93,18 @@ class GeneratorModule(TrainingModule):
         self._make_optimizer = optimizer
         self._matrices = self.matrices()
         self._frozen = [tokenizer.eval().requires_grad_(False)]
+        if fused_loss not in ("auto", True, False):
+            raise UserError(f"task.fused_loss={fused_loss} is unknown; choose auto, true or false")
+        self.fused_loss = fused_loss
+        if residual not in RESIDUALS:
+            raise UserError(f"task.residual={residual} is unknown; choose one of {', '.join(RESIDUALS)}")
+        self.residual = residual
+        generator.residual_dtype = RESIDUALS[residual]
+        self.compile_group = compile_group
         if compile_network:
-            generator.compile_blocks()
+            generator.compile_blocks(group=compile_group)
+        elif compile_group != 1:
+            raise UserError(f"task.compile_group={compile_group} has no effect without task.compile=true")
 
     @property
     def generator(self) -> Transformer:
@@ -96,6 +123,11 @@ class GeneratorModule(TrainingModule):
         self.tokenizer.to(self.device)
         if self.attention == "flex" and self.device.type != "cuda":
             raise UserError("task.attention=flex trains on a GPU only; use task.attention=auto or dense")
+        if self.compile_group > 1 and isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UserError("trainer=fsdp gathers single blocks; set task.compile_group=1")
+        precision = str(self.trainer.precision)
+        if self.residual == "bfloat16" and precision != "bf16-mixed":
+            raise UserError(f"task.residual=bfloat16 needs trainer.precision=bf16-mixed, not {precision}")
 
     @property
     def flex(self) -> bool:
@@ -180,12 +212,31 @@ class GeneratorModule(TrainingModule):
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
         hidden, drop = self.hidden(batch["index"], epoch=self.current_epoch), self.dropped(batch["index"])
-        logits = self.generator.logits(
-            ids, self.condition(batch), self.plan, order=order, drop=drop, hidden=hidden, flex=self.flex
-        )
-        loss = self.loss(logits, ids, hidden)
-        self.record(loss=loss, accuracy=token_accuracy(logits, ids, hidden))
+        options: dict[str, Any] = {"order": order, "drop": drop, "hidden": hidden, "flex": self.flex}
+        if self.fused_loss is True or (self.fused_loss == "auto" and self.device.type == "cuda"):
+            loss, right = self.fused(ids, self.condition(batch), hidden, options)
+            accuracy = mean_accuracy(right, hidden)
+        else:
+            logits = self.generator.logits(ids, self.condition(batch), self.plan, **options)
+            loss, accuracy = self.loss(logits, ids, hidden), token_accuracy(logits, ids, hidden)
+        self.record(loss=loss, accuracy=accuracy)
         return loss
+
+    def fused(
+        self, ids: Tensor, condition: Tensor, hidden: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of :meth:`loss` without the logits, and which tokens are right, bool [B, N]."""
+        readout = self.generator.readout(ids, condition, self.plan, **options)
+        return linear_cross_entropy(
+            readout.features,
+            readout.weight,
+            readout.bias,
+            ids,
+            weights=None if hidden is None else torch.where(hidden, 1.0, self.visible_weight),
+            floor=0.0 if hidden is None else MASKED_FLOOR,
+            label_smoothing=self.label_smoothing,
+            compiled=self.compiled,
+        )
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Loss and accuracy on held-out images, conditions kept (if training keeps any), in the order of decoding.

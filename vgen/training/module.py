@@ -146,7 +146,16 @@ class TrainingModule(pl.LightningModule):
         """Set learning rates and key the dropout of this batch."""
         self.set_learning_rates()
         key = keyed_uniform(self.seed, _DROPOUT_STREAM, self.current_epoch, batch_idx, self.global_rank)
-        torch.manual_seed(int(key * 2**48))
+        self._seed(int(key * 2**48))
+
+    def _seed(self, seed: int) -> None:
+        """Seed the generators that training draws from, as ``torch.manual_seed`` would."""
+        # That one, on a machine without a GPU, remembers every call with its stack for the day there is one.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device.type != "cpu":
+            torch.manual_seed(seed)
 
     def configure_gradient_clipping(
         self,
@@ -155,7 +164,8 @@ class TrainingModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Under automatic optimization: clip by norm and record the norm before."""
-        self.record(grad_norm=self.clip_gradients_of(self.parameters()))
+        # Not self.parameters(), which walks over all modules, a millisecond in every step of a deep network.
+        self.record(grad_norm=self.clip_gradients_of(p for group in optimizer.param_groups for p in group["params"]))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Under automatic optimization: step, then fold the new weights into the average before a callback saves."""

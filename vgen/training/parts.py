@@ -20,7 +20,7 @@ from vgen.errors import UserError
 from vgen.generators.conditioning import TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding
 from vgen.generators.joint_text import Captions, JointText
-from vgen.runtime import rank, world_size
+from vgen.runtime import pick_device, rank, world_size
 from vgen.sampling.decode import check_sampling
 from vgen.sampling.pipeline import check_compatible, check_decoder_text
 from vgen.schedules.check import check_plan
@@ -144,7 +144,8 @@ def build_flextok(config: Node) -> Parts:
     network["vae"] = _same_vae(network["vae"], stated)
     source = _pictures(config, vae)
     if task["measure_scale"]:
-        network["vae"]["scaling_factor"] = measured_scale(vae, source.train)
+        device = pick_device("cpu" if config["trainer"]["accelerator"] == "cpu" else "auto")
+        network["vae"]["scaling_factor"] = measured_scale(vae, source.train, device=device)
     tokenizer = _network(config, network, FlexTok)
     assert isinstance(tokenizer, FlexTok)
     tokenizer.vae.load_state_dict(vae.state_dict())
@@ -165,20 +166,25 @@ def build_flextok(config: Node) -> Parts:
     return Parts(module, source, network, _extra(config, source), None)
 
 
-def measured_scale(vae: AutoencoderKL, dataset: ImageDataset, pixels: int = 2**20) -> float:
+def measured_scale(
+    vae: AutoencoderKL, dataset: ImageDataset, pixels: int = 2**20, device: str | torch.device = "cpu"
+) -> float:
     """The factor that gives the latents of a VAE a standard deviation of 1, from the first pictures of a set.
 
     Args:
-        vae: on the CPU.
+        vae: on the CPU, where it is again afterwards.
         dataset: seen without augmentation.
         pixels: how many are looked at, for example 16 pictures of 256 x 256.
+        device: where the latents are computed.
     """
     count = min(max(1, pixels // vae.image_size**2), len(dataset))
+    vae.to(device)
     with torch.no_grad():
         latents = [
-            vae.encode(torch.stack([dataset[int(index)]["pixels"] for index in part])) / vae.scaling_factor
+            vae.encode(torch.stack([dataset[int(index)]["pixels"] for index in part]).to(device)) / vae.scaling_factor
             for part in torch.arange(count).split(64)
         ]
+    vae.cpu()
     # Rounded, so that a resumed run on another machine states the same number.
     return float(f"{1.0 / torch.cat(latents).std().item():.3g}")
 
@@ -257,7 +263,10 @@ def build_generator(config: Node) -> Parts:
         visible_weight=task["visible_weight"],
         given_frames=task["given_frames"],
         compile_network=task["compile"],
+        compile_group=task["compile_group"],
         attention=task["attention"],
+        residual=task["residual"],
+        fused_loss=task["fused_loss"],
         **_shared(config),
     )
     extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}

@@ -4,8 +4,16 @@ from datetime import timedelta
 from typing import Literal
 
 from pytorch_lightning.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp.wrap import CustomPolicy
 
-from vgen.generators.transformer import Block
+from vgen.generators.block import Block
+from vgen.generators.joint_block import JointBlock
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is gathered as a whole: blocks, but not those that a joint block runs in parts."""
+    return isinstance(module, JointBlock) or (isinstance(module, Block) and not module.in_parts)
 
 
 def fsdp(
@@ -13,7 +21,7 @@ def fsdp(
 ) -> FSDPStrategy:
     """Shard by transformer block; checkpoints hold the whole state in one file."""
     return FSDPStrategy(
-        auto_wrap_policy={Block},
+        auto_wrap_policy=CustomPolicy(is_unit),
         sharding_strategy=sharding_strategy,
         state_dict_type="full",
         timeout=timedelta(minutes=timeout_minutes),

@@ -1,0 +1,399 @@
+"""1D tokenizers on CIFAR-10: TiTok in two stages and in one, FlexTok at every length, and generators on their tokens.
+
+    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ
+    python -m benchmarks.compare_tokenizers --data DATA --features features.pt --out OUT --tokenizer VQ --only table
+
+DATA is a folder in Hugging Face layout; VQ is the release of experiment=cifar10_tokenizer, teacher of the two-stage
+TiTok. Every training stops by its time budget (``--seconds``). Trainings and measurements run in processes of
+their own, ``--jobs`` at once per device of CUDA_VISIBLE_DEVICES, each as soon as what it needs is there. On SIGTERM,
+Ctrl-C or after ``--limit`` seconds all of them are told to stop and save; the same command goes on where it stopped and
+leaves out what is finished. Rows are appended to OUT/*.jsonl as soon as they are known; ``--only table`` makes the
+tables and plots of the rows so far (:mod:`benchmarks.tokenizer_tables`).
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import tokenizer_scores as scores
+from benchmarks import tokenizer_tables as tables
+from vgen.errors import UserError, reported
+from vgen.runtime import versions
+
+ROOT = Path(__file__).parents[1]
+SECONDS = {
+    "vae": 60,
+    "titok_stage1": 90,
+    "titok_stage2": 60,
+    "titok_single": 120,
+    "flextok": 120,
+    "flextok_ar": 80,
+    "titok_ar": 80,
+    "titok_maskgit": 80,
+}
+# What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would
+# take a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
+SHORT = ("task.compile=false", "every.validate=0", "every.pictures=0", "every.log=50", "task.lr_schedule.warmup=150")
+# A VAE of a quarter of the work at full resolution: FlexTok's training runs it in float32 on every batch.
+VAE_CHANNELS = "block_channels=[64,128,256]"
+PLAN_TOKENS = (4, 16, 64)
+GRACE_S = 60.0
+
+
+@dataclass
+class Task:
+    """A training or a measurement.
+
+    Attributes:
+        name: of the task; a training's folder.
+        needs: names of the tasks that must be finished before.
+        done: whether its result is there.
+        words: of the command line that does it.
+        alone: run it only while nothing else runs.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    done: Callable[[], bool]
+    words: list[str]
+    alone: bool = False
+
+
+class Comparison:
+    """The tasks over one output folder."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out = Path(arguments.out).absolute()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.reference = Path(arguments.reference).absolute() if arguments.reference else self.out / "reference.pt"
+        self.seconds = SECONDS | arguments.seconds
+        self.failed: set[str] = set()
+        self._stop = 0
+
+    def check_same(self) -> None:
+        """Refuse to go on with other settings in the same folder: the rows would not be comparable.
+
+        Raises:
+            UserError: naming the settings that differ.
+        """
+        names = ("data", "features", "tokenizer", "raster", "reference", "titok", "samples", "sweep", "scales", "set")
+        mine = {name: getattr(self.arguments, name) for name in names}
+        path = self.out / "settings.json"
+        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
+            other = [name for name in mine if theirs.get(name) != mine[name]]
+            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
+        path.write_text(json.dumps(mine, indent=1))
+
+    # What there is to do
+
+    def release(self, name: str) -> Path:
+        """Release of a training, or one that was given."""
+        given = {"vq": self.arguments.tokenizer, "raster": self.arguments.raster}
+        return Path(given[name]).absolute() if name in given else self.out / name / "release"
+
+    def titok(self) -> str:
+        """The TiTok that generators are trained on: that with the lower distance, unless one was asked for."""
+        if self.arguments.titok != "better":
+            return f"titok_{self.arguments.titok}"
+        found = {row["tokenizer"]: row["fd"] for row in scores.rows(self.out, "reconstruction")}
+        return min(("titok_stage2", "titok_single"), key=lambda name: found.get(name, float("inf")))
+
+    def tasks(self) -> list[Task]:
+        """Everything, in the order in which it should start: the longest chains first."""
+        data = f"data.path={Path(self.arguments.data).absolute()}"
+        chosen = (
+            ("reconstruction-titok_stage2", "reconstruction-titok_single")
+            if self.arguments.titok == "better"
+            else (f"titok_{self.arguments.titok}",)
+        )
+        train, measure = self._training, self._measurement
+        found = [
+            train(
+                "vae", (), data, f"tokenizer.{VAE_CHANNELS}", "task.ema.decay=0.995", "task.loss.adversarial_start=300"
+            ),
+            train("titok_stage1", (), data, f"task.teacher={self.release('vq')}", "task.ema.decay=0.998"),
+            train("titok_single", (), data, "task.ema.decay=0.998", "task.loss.adversarial_start=800"),
+            measure("reference", (), self.reference.is_file),
+            train(
+                *("flextok", ("vae",), data, f"task.vae={self.release('vae')}"),
+                *(f"tokenizer.vae.{VAE_CHANNELS}", "task.lr_schedule.warmup=300", "task.ema.decay=0.998"),
+            ),
+            train(
+                *("titok_stage2", ("titok_stage1",), data, f"task.init_from={self.release('titok_stage1')}"),
+                *("task.ema.decay=0.995", "task.loss.adversarial_start=250"),
+            ),
+            measure("codes-flextok", ("flextok",), (self.out / "codes" / "flextok" / "done").is_file),
+            train("flextok_ar", ("codes-flextok",), *self._on_codes("flextok"), "experiment=cifar10_flextok_ar"),
+            *(
+                measure(f"reconstruction-{name}", (name, "reference"), self._scored(name))
+                for name in ("titok_single", "titok_stage2")
+            ),
+            measure("codes-titok", chosen, (self.out / "codes" / "titok" / "done").is_file),
+            train("titok_ar", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_raster"),
+            train("titok_maskgit", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_maskgit"),
+            measure("reconstruction-vq", ("reference",), self._scored("vq")),
+            measure("lengths-flextok", ("flextok", "reference"), (self.out / "coarse_to_fine.png").is_file),
+        ]
+        for plan in self.plans():
+            needs = ("reference",) if plan.training == "raster" else ("reference", plan.training)
+            found.append(measure(f"samples-{plan.label}", needs, self._sampled(plan.label)))
+        after = tuple(task.name for task in found)
+        found.append(measure("speed", after, self._all_timed, alone=True))
+        return found
+
+    def plans(self) -> list[scores.Plan]:
+        """Every way of generating that is measured."""
+        found = [scores.Plan(f"flextok-ar-{k}", "flextok_ar", num_tokens=k) for k in PLAN_TOKENS]
+        found.append(scores.Plan("titok-ar", "titok_ar"))
+        found += [scores.Plan(f"titok-{name}", "titok_maskgit", masked=name) for name in scores.MASKED]
+        if self.arguments.raster:
+            found.append(scores.Plan("vq-raster", "raster"))
+        return found
+
+    def _training(self, name: str, needs: tuple[str, ...], *words: str) -> Task:
+        minutes, seconds = divmod(self.seconds[name], 60)
+        experiment = [] if any(word.startswith("experiment=") for word in words) else [f"experiment=cifar10_{name}"]
+        limits = [
+            f"trainer.max_time=00:00:{minutes:02d}:{seconds:02d}",
+            f"run_name={name}",
+            f"run_dir={self.out / name}",
+        ]
+        command = [
+            str(ROOT / "train.py"),
+            *experiment,
+            *SHORT,
+            "every.checkpoint=500",
+            *words,
+            *limits,
+            *self._overrides(name),
+        ]
+        return Task(name, needs, self.release(name).is_dir, command)
+
+    def _overrides(self, training: str) -> Iterator[str]:
+        """Words of ``--set`` for a training: those for all, and those with its name in front."""
+        for word in self.arguments.set:
+            name, colon, rest = word.partition(":")
+            if not colon or name not in SECONDS:
+                yield word
+            elif name == training:
+                yield rest
+
+    def _on_codes(self, kind: str) -> tuple[str, ...]:
+        tokenizer = self.titok() if kind == "titok" else kind
+        return (
+            *("data=codes", f"data.path={self.out / 'codes' / kind}", f"task.tokenizer={self.release(tokenizer)}"),
+            *("task.ema.decay=0.998", "every.checkpoint=1000"),
+        )
+
+    def _measurement(self, name: str, needs: tuple[str, ...], done: Callable[[], bool], *, alone: bool = False) -> Task:
+        words = ["-m", "benchmarks.compare_tokenizers", *self.arguments.words, "--task", name]
+        return Task(name, needs, done, words, alone)
+
+    def _scored(self, name: str) -> Callable[[], bool]:
+        return lambda: any(row["tokenizer"] == name for row in scores.rows(self.out, "reconstruction"))
+
+    def _sampled(self, label: str) -> Callable[[], bool]:
+        return lambda: any(row["plan"] == label and row["final"] for row in scores.rows(self.out, "samples"))
+
+    def _all_timed(self) -> bool:
+        return {row["plan"] for row in scores.rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
+
+    # Doing it
+
+    def run(self) -> None:
+        """Run what is not done yet, several at once.
+
+        Raises:
+            UserError: at the end, if a task failed; whatever does not need its result is done nevertheless.
+            SystemExit: if all was stopped before the end.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+        start, running = time.monotonic(), dict[str, tuple[subprocess.Popen, int, float]]()
+        slots = list(range(len(devices()))) * self.arguments.jobs
+        while True:
+            for name, (process, _, began) in list(running.items()):
+                if process.poll() is not None:
+                    slots.append(running.pop(name)[1])
+                    self._ended(name, process.returncode, time.monotonic() - began)
+            if self.arguments.limit and time.monotonic() - start > self.arguments.limit:
+                self._stop = self._stop or signal.SIGTERM
+            if self._stop:
+                self._stop_all([process for process, _, _ in running.values()])
+                print("stopped; finished work is kept; repeat the command to go on", flush=True)
+                sys.exit(128 + self._stop)
+            for task in self._ready(set(running)):
+                if slots and not (task.alone and running):
+                    # The emptiest device, so that a second one is not idle while the first is crowded.
+                    slot = max(set(slots), key=slots.count)
+                    slots.remove(slot)
+                    running[task.name] = (self._start(task, slot), slot, time.monotonic())
+            if not running:
+                break
+            time.sleep(0.2)
+        if self.failed:
+            raise UserError(f"failed: {', '.join(sorted(self.failed))}; logs are in {self.out / 'logs'}")
+
+    def _ready(self, running: set[str]) -> Iterator[Task]:
+        """Tasks to start now, in order."""
+        tasks = {task.name: task for task in self.tasks()}
+        over = {name for name, task in tasks.items() if task.done()}
+        for task in tasks.values():
+            if task.name in over | running | self.failed:
+                continue
+            # The last task also runs after failures, with what there is.
+            waits = set(task.needs) - over - (self.failed | self._blocked(tasks) if task.alone else set())
+            if not waits:
+                yield task
+
+    def _blocked(self, tasks: dict[str, Task]) -> set[str]:
+        """Tasks that will never start, because something before them failed."""
+        blocked: set[str] = set()
+        for task in tasks.values():
+            if set(task.needs) & (self.failed | blocked) and not task.alone:
+                blocked.add(task.name)
+        return blocked
+
+    def _start(self, task: Task, slot: int) -> subprocess.Popen:
+        log = self.out / "logs" / f"{task.name}.log"
+        log.parent.mkdir(exist_ok=True)
+        device = devices()[slot]
+        # Several processes at once: torch's threads of all cores in each would stand in each other's way.
+        environment = {"OMP_NUM_THREADS": "2"} | os.environ
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        with log.open("a") as file:
+            # A session of its own: a signal to the whole group would reach trainings twice, which ends them unsaved.
+            process = subprocess.Popen(
+                [sys.executable, *task.words],
+                env=environment,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        print(f"{task.name}: started{'' if device is None else f' on device {device}'}", flush=True)
+        return process
+
+    def _ended(self, name: str, status: int, seconds: float) -> None:
+        done = status == 0 and next(task for task in self.tasks() if task.name == name).done()
+        print(f"{name}: {'done' if done else f'FAILED with status {status}'} in {seconds:.0f} s", flush=True)
+        if done:
+            row = {"task": name, "seconds": round(seconds, 1), "budget_s": self.seconds.get(name)}
+            scores.add(self.out, "tasks", row)
+            return
+        self.failed.add(name)
+        print("\n".join((self.out / "logs" / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self._stop = number
+
+    def _stop_all(self, processes: list[subprocess.Popen]) -> None:
+        """Tell all to save and end; whatever takes longer than a minute for it is killed."""
+        for process in processes:
+            process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def measure(self, name: str) -> None:
+        """Do one measurement in this process."""
+        kind, _, what = name.partition("-")
+        bench = scores.Bench(self.out, self.arguments, self.reference)
+        if kind == "reference":
+            bench.make_reference()
+        elif kind == "codes":
+            bench.cache(what, self.release(self.titok() if what == "titok" else what))
+        elif kind == "reconstruction":
+            bench.reconstruct(what, self.release(what))
+        elif kind == "lengths":
+            bench.lengths(self.release(what))
+        elif kind == "samples":
+            plan = next(plan for plan in self.plans() if plan.label == what)
+            bench.sample(plan, self.release(plan.training))
+        else:
+            bench.speed([(plan, self.release(plan.training)) for plan in self.plans()])
+
+
+def devices() -> list[str | None]:
+    """CUDA devices by the names that CUDA_VISIBLE_DEVICES takes; one entry of None on a machine without."""
+    count, stated = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not count:
+        return [None]
+    return list(stated.split(",")[:count]) if stated else [str(index) for index in range(count)]
+
+
+def _budget(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    if name not in SECONDS or not value.isdigit() or not 0 < int(value) < 3600:
+        raise argparse.ArgumentTypeError(f"{text}: give <training>=<seconds> with one of {', '.join(SECONDS)}")
+    return name, int(value)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder in Hugging Face layout")
+    parser.add_argument("--features", required=True, help="TorchScript extractor of (features, class logits)")
+    parser.add_argument("--out", required=True, help="where runs and results go; repeating the command goes on there")
+    parser.add_argument("--tokenizer", required=True, help="release of the 2D VQGAN: teacher and comparison")
+    parser.add_argument("--raster", help="release of a raster generator on its tokens, for comparison")
+    parser.add_argument("--reference", help="statistics of the training pictures; OUT/reference.pt, made where missing")
+    parser.add_argument("--titok", choices=("stage2", "single", "better"), default="better", help="tokens generated")
+    parser.add_argument("--seconds", type=_budget, nargs="+", default=[], metavar="TRAINING=SECONDS", help=f"{SECONDS}")
+    parser.add_argument("--jobs", type=int, default=3, help="processes at once per device")
+    parser.add_argument("--limit", type=float, default=0, help="seconds after which to stop, to be continued; 0 = none")
+    parser.add_argument("--scales", type=float, nargs="+", default=[1.5, 2.5, 4.0], help="mean guidance weights")
+    parser.add_argument("--sweep", type=int, default=5000, help="samples per guidance scale")
+    parser.add_argument("--samples", type=int, default=10000, help="samples at the best scale")
+    parser.add_argument("--batch-size", type=int, default=1000)
+    parser.add_argument("--engine", choices=("auto", "eager", "graph"), default="auto", help="of generation")
+    parser.add_argument("--set", nargs="*", default=[], metavar="[TRAINING:]key=value", help="overrides")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("table",), help="make the tables of the rows so far and end")
+    chosen = parser.parse_args(arguments)
+    chosen.words = list(sys.argv[1:] if arguments is None else arguments)
+    chosen.seconds = dict(chosen.seconds)
+    for name in ("data", "tokenizer", "raster"):
+        if (folder := getattr(chosen, name)) and not Path(folder).is_dir():
+            parser.error(f"--{name} {folder} is no folder")
+    for name in ("features", "reference"):
+        if (file := getattr(chosen, name)) and not Path(file).is_file():
+            parser.error(f"--{name} {file} is no file")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not done yet, then make the tables."""
+    given = parse(arguments)
+    with reported():
+        comparison = Comparison(given)
+        if given.task:
+            comparison.measure(given.task)
+            return
+        if not given.only:
+            comparison.check_same()
+            (comparison.out / "versions.json").write_text(json.dumps(versions()))
+            try:
+                comparison.run()
+            finally:
+                tables.write(comparison.out)
+            return
+        tables.write(comparison.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The fused kernels against the plain layers; test_fused.py runs this file under Triton's interpreter.
+
+Half precision is float16 here: the interpreter has no bfloat16 products.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks import kernels as kernel_benchmark
+from tests.generators.helpers import tiny_generator
+from vgen.generators.block import Block
+from vgen.layers import fused
+from vgen.layers.attention import Attention, View
+from vgen.layers.cache import KVCache
+from vgen.layers.norm import RMSNorm
+from vgen.sampling.decode import decode
+from vgen.sampling.engine import Decoder
+from vgen.sampling.settings import Guidance, Sampling
+from vgen.schedules.neighboring import neighboring
+from vgen.schedules.randar import randar
+from vgen.schedules.raster import raster
+from vgen.schedules.zipar import zipar
+
+ROWS = [(1, torch.float32), (2, torch.float16), (3, torch.float16), (4, torch.float32), (7, torch.float16)]
+ROWS += [(33, torch.float32)]
+TILES = {"rows": fused.Tile(4, 32, 0, 4), "split": fused.Tile(8, 16, 2, 4, 2), "whole": fused.Tile(16, 32, 1, 4, 2)}
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def norm_of(dim, *, affine=True):
+    norm = RMSNorm(dim, affine=affine)
+    if affine:
+        torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+    return norm.requires_grad_(False)
+
+
+def assert_as_good(got, plain, exact):
+    """As near to the exact result as the plain layers are, give or take half."""
+    ours, theirs, size = (t.pow(2).mean().sqrt() for t in (got.float() - exact, plain.float() - exact, exact))
+    assert ours <= 1.5 * theirs + 1e-6 * size, (ours, theirs)
+
+
+def tiles(rows):
+    return [tile for tile in TILES.values() if tile.split or rows <= 4]
+
+
+@pytest.mark.parametrize(("rows", "dtype"), ROWS)
+@pytest.mark.parametrize(("width", "outer"), [(64, 16), (40, 12)])
+def test_products_of_few_rows(rows, dtype, width, outer):
+    norm = norm_of(width, affine=rows != 2)
+    x, weight, second, residual = (
+        torch.randn(*shape) for shape in [(1, rows, width), (outer, width), (outer, width), (1, rows, outer)]
+    )
+    low = [t.to(dtype) for t in (x, weight, second, residual)]
+    exact = [t.float() for t in low]
+    low_norm = copy.deepcopy(norm).to(dtype)
+    exact_norm = copy.deepcopy(low_norm).float()
+
+    def plain(norm, x, weight, second, residual):
+        normal = norm(x)
+        return residual + F.linear(x, weight), F.silu(F.linear(normal, weight)) * F.linear(normal, second)
+
+    for tile in tiles(rows):
+        got = (
+            fused.add_rows(low[0], low[1], low[3], tile),
+            fused.gate_rows(low[0], low_norm, low[1], low[2], tile),
+        )
+        for mine, theirs, best in zip(got, plain(low_norm, *low), plain(exact_norm, *exact), strict=True):
+            assert mine.dtype == dtype
+            assert_as_good(mine, theirs, best)
+
+
+def attention_case(dtype, *, batch, fed, heads, kv_heads, head_dim, rope, rows):
+    dim = heads * head_dim
+    attention = Attention(dim=dim, heads=heads, kv_heads=kv_heads, dropout=0.0, residual_dropout=0.0)
+    attention = attention.requires_grad_(False).eval().to(dtype)
+    norm = norm_of(dim).to(dtype)
+    cache = KVCache(
+        layers=2, batch=batch + 1, heads=kv_heads, rows=40, head_dim=head_dim, device=torch.device("cpu"), dtype=dtype
+    )
+    cache.narrow(batch)
+    angles = torch.rand(*([batch] if rope == "own" else []), fed, head_dim // 2) * 6
+    table = None if rope == "none" else torch.stack([angles.cos(), angles.sin()], -1)
+    start, where = -1, torch.randperm(40)[:fed]
+    if rows == "consecutive":
+        start, where = 3, torch.arange(3, 3 + fed)
+    elif rows == "own":
+        where = torch.stack([torch.randperm(40)[:fed] for _ in range(batch)])
+    view = View(causal=False, mask=None, rope=table, cache=cache, rows=where, row_start=start, prefix=40)
+    return norm, attention, view, torch.randn(batch, fed, dim).to(dtype)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fed", "dtype", "heads", "kv_heads", "head_dim", "rope", "rows"),
+    [
+        (1, 1, torch.float16, 2, 2, 16, "shared", "consecutive"),
+        (3, 1, torch.float32, 2, 1, 12, "own", "own"),
+        (2, 5, torch.float16, 2, 1, 12, "own", "own"),
+        (2, 1, torch.float32, 2, 1, 8, "none", "scattered"),
+        (3, 3, torch.float32, 2, 2, 16, "shared", "scattered"),
+    ],
+)
+def test_projections_reach_the_cache(batch, fed, dtype, heads, kv_heads, head_dim, rope, rows):
+    norm, attention, view, x = attention_case(
+        dtype, batch=batch, fed=fed, heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, rows=rows
+    )
+    places = (view.rows, view.row_start, 40)
+
+    def plain(norm, attention, x):
+        query, key, value = attention.project(norm(x), view.rope)
+        store = copy.copy(view.cache)
+        store.buffer = torch.zeros_like(view.cache.buffer, dtype=x.dtype)
+        store.write(1, key, value, *places)
+        return query, store.buffer
+
+    exact = plain(copy.deepcopy(norm).float(), copy.deepcopy(attention).float(), x.float())
+    low = plain(norm, attention, x)
+    query = x.new_empty(batch, fed, heads, head_dim)
+    keys, values = view.cache.buffer[1]
+    rotate = (query, keys, values, view.rope, view.rows)
+    for tile in tiles(batch * fed):
+        view.cache.buffer.zero_()
+        fused.project_rows(x, norm, attention.wqkv.weight, *rotate, tile)
+        assert_as_good(query.transpose(1, 2), low[0], exact[0])
+        assert_as_good(view.cache.buffer, low[1], exact[1])
+    view.cache.buffer.zero_()
+    fused.rotate_many(F.linear(fused.norm_many(x, norm)[1], attention.wqkv.weight), *rotate)
+    torch.testing.assert_close(query.transpose(1, 2), low[0])
+    torch.testing.assert_close(view.cache.buffer, low[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_lies_between_products_of_many_rows(dtype):
+    x, delta, both = (torch.randn(5, 14, width).to(dtype) for width in (48, 48, 40))
+    for norm in (norm_of(48).to(dtype), norm_of(48, affine=False)):
+        total, normal = fused.norm_many(x, norm, delta)
+        torch.testing.assert_close(total, x + delta, rtol=0, atol=0)
+        torch.testing.assert_close(normal, norm(x + delta))
+        torch.testing.assert_close(fused.norm_many(x, norm)[1], norm(x))
+    torch.testing.assert_close(fused.gate_many(both), F.silu(both[..., :20]) * both[..., 20:])
+
+
+@pytest.mark.parametrize("batch", [3, 65])
+def test_results_do_not_change_from_run_to_run(batch):
+    block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
+    x, seen = (torch.randn(batch, 1, 32).half() for _ in range(2))
+    runs = [fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
+PLANS = {
+    "raster": raster(grid=(2, 3)),
+    "neighboring": neighboring(grid=(3, 3)),
+    "zipar": zipar(grid=(2, 3), window=2),
+    "adaptive": zipar(grid=(2, 3), window=2, adaptive=True),
+    "randar": randar(grid=(2, 3), steps=3),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_decoding_draws_the_tokens_of_the_plain_network(name):
+    plan = PLANS[name]
+    generator = tiny_generator(plan, kv_heads=1, depth=1)
+    labels = torch.tensor([1, 2])
+    shared = {"sampling": Sampling(seed=1, guidance=Guidance(scale=2.0, end=4)), "sample_index": torch.arange(2)}
+    expected = decode(generator, plan, labels, **shared)
+    calls = []
+    before = fused.before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "before", lambda *given: calls.append(1) or before(*given))
+        decoder = Decoder(generator, plan, engine="fused", record=lambda run, device: run)
+        assert torch.equal(decoder(labels, **shared), expected)
+    assert calls
+    assert not generator.fused
+    assert torch.equal(decode(generator, plan, labels, **shared), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits_of_half_precision_are_as_good_as_those_of_the_plain_network(batch):
+    plan = neighboring(grid=(1, 2))
+    generator = tiny_generator(plan, depth=1).half()
+    network = copy.deepcopy(generator).float()
+    ids = torch.randint(23, (batch, plan.num_tokens))
+
+    def passes(generator):
+        embedded = generator.embed_condition(torch.arange(batch) % 5)
+        cache = generator.new_cache(batch, plan.num_rows)
+        return [generator.step(ids, embedded, forward, plan.order, cache).float() for forward in plan.forwards]
+
+    exact, plain = passes(network), passes(generator)
+    generator.fuse_decoding()
+    for mine, theirs, best in zip(passes(generator), plain, exact, strict=True):
+        ours, others = ((logits - best).pow(2).mean().sqrt() for logits in (mine, theirs))
+        assert 0 < ours <= 2 * others
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"qk_norm": "rms"},
+        {"norm": "layer"},
+        {"ffn": "gelu"},
+        {"norm_position": "post"},
+        {"adaln": ["condition"]},
+        {"long_skips": True, "depth": 3},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_other_blocks_run_as_before(options):
+    plan = raster(grid=(2, 2))
+    generator = tiny_generator(plan, **options)
+    shared = {"sampling": Sampling(greedy=True), "sample_index": torch.arange(2)}
+    expected = decode(generator, plan, torch.tensor([0, 1]), **shared)
+    decoder = Decoder(generator, plan, engine="fused", record=lambda run, device: run)
+    assert torch.equal(decoder(torch.tensor([0, 1]), **shared), expected)
+
+
+def test_only_passes_without_gradients_are_fused():
+    generator = tiny_generator(raster(grid=(2, 2)))
+    block = generator.layers[0]
+    assert isinstance(block, Block)
+    cache = generator.new_cache(1, 5)
+    x, rows = torch.randn(1, 1, 32), torch.zeros(1, dtype=torch.int64)
+    view = View(causal=False, mask=None, rope=None, cache=cache, rows=rows, row_start=0, prefix=1)
+    assert fused.can_run(x, block.attention, view)
+    assert not fused.can_run(x.bfloat16(), block.attention, view)
+    assert not fused.can_run(x, block.attention, View(causal=True, mask=None, rope=None))
+    with torch.autocast("cpu"):
+        assert not fused.can_run(x, block.attention, view)
+    with torch.enable_grad():
+        assert not fused.can_run(x, block.attention, view)
+    block.train()
+    assert not fused.can_run(x, block.attention, view)
+
+
+def test_the_benchmark_prints_a_line_per_step(capsys):
+    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
+    kernel_benchmark.main([*tiny, "--rows", "1", "65"])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 65 "))]
+    assert [line[2].strip() for line in lines] == [
+        *("project", "add (wo)", "gate", "add (w2)", "layer"),
+        *("norm, project, rotate", "norm, product, gate", "layer"),
+    ]
+    assert all(float(line[8]) < 3e-3 for line in lines if "layer" not in line[2])

@@ -1,0 +1,125 @@
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.generators.helpers import tiny_generator
+from tests.paths import ROOT
+from vgen.errors import UserError
+from vgen.layers import fused
+from vgen.layers.mlp import SwiGLU
+from vgen.sampling.decode import decode
+from vgen.sampling.engine import Decoder, pick_engine
+from vgen.sampling.settings import Guidance, Sampling
+from vgen.schedules.neighboring import neighboring
+from vgen.schedules.raster import raster
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_kernels_agree_with_the_plain_layers():
+    # Triton decides when it is imported whether it interprets, so this needs a process of its own.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/layers/fused_cases.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def halves(layer):
+    return torch.cat([layer.w1.weight, layer.w3.weight])
+
+
+def test_merged_weights_follow_whatever_changes_them(tmp_path):
+    layer = SwiGLU(dim=8, hidden=6, dropout=0.0)
+    expected = halves(layer).clone()
+    with torch.inference_mode():
+        merged = layer.merged()
+    assert torch.equal(merged, expected)
+    assert torch.equal(halves(layer), expected)
+    assert layer.merged() is merged
+    assert merged.data_ptr() == layer.w1.weight.data_ptr()
+
+    layer.load_state_dict({name: torch.randn_like(value) for name, value in layer.state_dict().items()})
+    assert torch.equal(merged, halves(layer))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    assert layer.merged() is merged
+    assert torch.equal(merged, halves(layer))
+
+    save_file(layer.state_dict(), tmp_path / "w.safetensors")
+    assert torch.equal(load_file(tmp_path / "w.safetensors")["w3.weight"], layer.w3.weight)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied.merged(), halves(layer))
+    assert copied.merged().data_ptr() != merged.data_ptr()
+    layer.to(torch.float64)
+    assert layer.merged().dtype == torch.float64
+    assert torch.equal(layer.merged(), halves(layer))
+    layer.w3.weight.data = torch.zeros_like(layer.w3.weight)
+    assert torch.equal(layer.merged(), halves(layer))
+
+
+def test_the_engine_that_auto_stands_for(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert pick_engine("auto", cpu) == "eager"
+    with pytest.raises(UserError, match="need a CUDA device"):
+        pick_engine("fused", cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    try:
+        for present, expected in ((True, "fused"), (False, "graph")):
+            fused.why_not.cache_clear()
+            monkeypatch.setattr(fused, "find_spec", lambda name, present=present: present or None)
+            assert pick_engine("auto", gpu) == expected
+        with pytest.raises(UserError, match="pip install triton"):
+            pick_engine("fused", gpu)
+    finally:
+        fused.why_not.cache_clear()
+
+
+@on_gpu
+@pytest.mark.parametrize("plan", [raster(grid=(4, 4)), neighboring(grid=(4, 4))], ids=["raster", "neighboring"])
+@pytest.mark.parametrize("batch", [1, 40])
+def test_on_a_gpu_fused_float32_draws_the_tokens_of_eager(plan, batch):
+    generator = tiny_generator(plan, dim=128).cuda()
+    labels = torch.arange(batch, device="cuda") % 5
+    shared = {
+        "sampling": Sampling(seed=1, guidance=Guidance(scale=2.0)),
+        "sample_index": torch.arange(batch, device="cuda"),
+    }
+    expected = decode(generator, plan, labels, **shared)
+    decoder = Decoder(generator, plan, engine="fused")
+    for _ in range(3):
+        assert torch.equal(decoder(labels, **shared), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 2, 7, 30, 60, 200])
+def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
+    plan = raster(grid=(4, 4))
+    generator = tiny_generator(plan, dim=768, heads=12).cuda().bfloat16()
+    for parameter in generator.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.03)
+    network = copy.deepcopy(generator).float()
+    ids = torch.randint(23, (batch, 16), device="cuda")
+    tensors = plan.on(torch.device("cuda"))
+
+    @torch.inference_mode()
+    def passes(generator):
+        embedded = generator.embed_condition(torch.arange(batch, device="cuda") % 5)
+        cache = generator.new_cache(batch, plan.num_rows)
+        return [generator.step(ids, embedded, forward, tensors.order, cache).float() for forward in tensors.forwards]
+
+    exact, plain = passes(network), passes(generator)
+    generator.fuse_decoding()
+    runs = [passes(generator) for _ in range(2)]
+    for mine, again, theirs, best in zip(*runs, plain, exact, strict=True):
+        assert torch.equal(mine, again)
+        ours, others = ((logits - best).pow(2).mean().sqrt() for logits in (mine, theirs))
+        assert 0 < ours <= 1.3 * others

@@ -1,0 +1,387 @@
+"""A decoding pass of a Llama block in few kernels: all but its attention; the kernels are in two files beside this one.
+
+Few rows: a product with every weight is one kernel that streams the weight once and does what lies before and behind
+it. Many rows: products by the vendor's library, what lies between them in one kernel each.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vgen.errors import UserError
+from vgen.layers.attention import Attention, View
+from vgen.layers.mlp import SwiGLU
+from vgen.layers.norm import RMSNorm
+
+FEW = 64
+"""Most rows (samples times slots) whose products are our own kernels."""
+
+Product = Literal["project", "add", "gate"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product of few rows is cut.
+
+    Attributes:
+        columns: rows of the weight per program.
+        inner: numbers of a row that a program, or each of ``split`` groups of its warps, takes at a time.
+        split: groups of warps that share the inner axis of a matrix product; 0 = products by row, whole weight tiles in
+            registers.
+        warps: warps per program.
+        stages: tiles in flight.
+    """
+
+    columns: int
+    inner: int
+    split: int
+    warps: int
+    stages: int = 1
+
+
+_TILES: dict[Product, tuple[tuple[int, Tile], ...]] = {
+    "project": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(32, 64, 2, 4, 4))),
+    "add": ((16, Tile(8, 128, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
+    "gate": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
+}
+
+
+def best_tile(product: Product, rows: int, width: int) -> Tile:
+    """The tile for a number of rows, at most ``FEW``, and an inner axis of ``width`` numbers."""
+    if rows <= 4:
+        # 32 lanes of 4 warps hold 8 neighbours each; registers bound what a thread can hold of a long row.
+        return Tile(8 if width <= 1024 else 4, min(1024, max(8, _power_of_two(width))), 0, 4)
+    return next(tile for most, tile in _TILES[product] if rows <= most)
+
+
+@cache
+def _kernels() -> tuple[ModuleType, ModuleType]:
+    """Those of few and of many rows; without triton their files cannot be imported."""
+    from vgen.layers import few_row_kernels, many_row_kernels
+
+    return few_row_kernels, many_row_kernels
+
+
+@cache
+def _interpreted() -> bool:
+    """Whether Triton runs on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def why_not(device: torch.device) -> str | None:
+    """What is missing on a device to run the kernels; None = nothing."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if _interpreted():
+        return None
+    if device.type != "cuda":
+        return f"its kernels need a CUDA device and this one is {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels need a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def check_available(device: torch.device) -> None:
+    """Refuse a device without the kernels.
+
+    Raises:
+        UserError: saying what is missing.
+    """
+    if reason := why_not(device):
+        raise UserError(f"engine=fused is not available: {reason}; use engine=auto")
+
+
+def is_plain(norms: tuple[nn.Module, ...], attention: Attention, feed_forward: nn.Module) -> bool:
+    """Whether the kernels know these layers: RMS norms, SwiGLU, no biases, no norms of queries and keys."""
+    if not isinstance(feed_forward, SwiGLU) or attention.q_norm is not None:
+        return False
+    linear = (attention.wqkv, attention.wo, feed_forward.w1, feed_forward.w2, feed_forward.w3)
+    return all(isinstance(norm, RMSNorm) for norm in norms) and all(layer.bias is None for layer in linear)
+
+
+def can_run(x: Tensor, attention: Attention, view: View) -> bool:
+    """Whether a call is one the kernels know: a decoding pass without gradients in one dtype."""
+    return (
+        view.cache is not None
+        and view.rows is not None
+        and not attention.training
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and x.dtype == attention.wqkv.weight.dtype == view.cache.buffer.dtype
+        and why_not(x.device) is None
+    )
+
+
+def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: int) -> Tensor:
+    """Norm, projection and rotation; keys and values go to the cache.
+
+    Args:
+        x: [B, F, dim].
+        norm: in front of the attention.
+        attention: whose projection it is.
+        view: rotary rows, cache and cache rows.
+        layer: indexes the cache.
+
+    Returns:
+        Queries [B, heads, F, head_dim].
+    """
+    assert view.cache is not None
+    assert view.rows is not None
+    batch, fed, _ = x.shape
+    keys, values = view.cache.buffer[layer]
+    query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
+    if _is_few(x):
+        project_rows(x, norm, attention.wqkv.weight, query, keys, values, view.rope, view.rows)
+    else:
+        projected = F.linear(norm_many(x, norm)[1], attention.wqkv.weight)
+        rotate_many(projected, query, keys, values, view.rope, view.rows)
+    return query.transpose(1, 2)
+
+
+def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_forward: SwiGLU) -> Tensor:
+    """Output projection of what the attention saw, residual sum and feed-forward layer.
+
+    Args:
+        x: [B, F, dim].
+        seen: [B, F, heads * head_dim].
+        norm: in front of the feed-forward layer.
+        attention: whose output projection it is.
+        feed_forward: the layer.
+
+    Returns:
+        [B, F, dim].
+    """
+    if _is_few(x):
+        x = add_rows(seen, attention.wo.weight, x)
+        return add_rows(gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight), feed_forward.w2.weight, x)
+    x, normal = norm_many(x, norm, F.linear(seen, attention.wo.weight))
+    hidden = gate_many(F.linear(normal, feed_forward.merged()))
+    x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
+    return x
+
+
+def _is_few(x: Tensor) -> bool:
+    # Wider numbers have no tensor cores that keep their precision.
+    return x.shape[0] * x.shape[1] <= FEW and x.element_size() == 2
+
+
+def project_rows(
+    x: Tensor,
+    norm: RMSNorm,
+    weight: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rope: Tensor | None,
+    cache_rows: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Queries into ``query``, keys and values into a layer of the cache, of few rows.
+
+    Args:
+        x: [B, F, dim].
+        norm: in front of the projection.
+        weight: [(heads + 2 kv_heads) * head_dim, dim].
+        query: [B, F, heads, head_dim], contiguous.
+        keys: [B, kv_heads, rows, head_dim], every head contiguous.
+        values: like keys.
+        rope: see :class:`vgen.layers.attention.View`, like the next.
+        cache_rows: int64 [F] or [B, F].
+        tile: instead of :func:`best_tile`.
+    """
+    width, dim = weight.shape
+    rows = x.shape[0] * x.shape[1]
+    tile = tile or best_tile("project", rows, dim)
+    _launch(
+        _kernels()[0].project_rows,
+        (_ceil(width, tile.columns),),
+        x,
+        (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
+        tile,
+        **_heads(query, keys, rope),
+        **_sizes(weight, tile, rows, norm=norm),
+    )
+
+
+def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = None) -> Tensor:
+    """Sum residual + x W^T of few rows, [B, F, N].
+
+    Args:
+        x: [B, F, K].
+        weight: [N, K].
+        residual: [B, F, N].
+        tile: instead of :func:`best_tile`.
+    """
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    rows = x.shape[0] * x.shape[1]
+    tile = tile or best_tile("add", rows, weight.shape[1])
+    _launch(
+        _kernels()[0].add_rows,
+        (_ceil(len(weight), tile.columns),),
+        x,
+        (x.contiguous(), weight, residual.contiguous(), out, rows),
+        tile,
+        **_sizes(weight, tile, rows),
+    )
+    return out
+
+
+def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile | None = None) -> Tensor:
+    """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
+
+    Args:
+        x: [B, F, dim].
+        norm: in front of the products.
+        weight: W, [hidden, dim].
+        second: V, [hidden, dim].
+        tile: instead of :func:`best_tile`.
+    """
+    out = x.new_empty(*x.shape[:2], len(weight))
+    rows = x.shape[0] * x.shape[1]
+    tile = tile or best_tile("gate", rows, weight.shape[1])
+    _launch(
+        _kernels()[0].gate_rows,
+        (_ceil(len(weight), tile.columns),),
+        x,
+        (x.contiguous(), _scale(norm, x), weight, second, out, rows, norm.eps),
+        tile,
+        **_sizes(weight, tile, rows, norm=norm),
+    )
+    return out
+
+
+def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum x + delta (x itself without one) and its norm, [B, F, dim]."""
+    x = x.contiguous()
+    total = x if delta is None else torch.empty_like(x)
+    normal = torch.empty_like(x)
+    rows, dim = x.shape[0] * x.shape[1], x.shape[2]
+    _launch(
+        _kernels()[1].norm_many,
+        (rows,),
+        x,
+        (x, x if delta is None else delta, _scale(norm, x), total, normal, rows, norm.eps),
+        K=dim,
+        ADD=delta is not None,
+        SCALED=norm.weight is not None,
+        ROWS=1,
+        INNER=_power_of_two(dim),
+    )
+    return total, normal
+
+
+def rotate_many(
+    projected: Tensor, query: Tensor, keys: Tensor, values: Tensor, rope: Tensor | None, cache_rows: Tensor
+) -> None:
+    """Rotate projections [B, F, (heads + 2 kv_heads) * head_dim]; the rest as in :func:`project_rows`."""
+    rows, width = query.shape[0] * query.shape[1], projected.shape[-1]
+    columns = min(1024, _power_of_two(width))
+    _launch(
+        _kernels()[1].rotate_many,
+        (rows, _ceil(width, columns)),
+        query,
+        (projected, *_targets(query, keys, values, rope, cache_rows)),
+        **_heads(query, keys, rope),
+        ROWS=1,
+        COLUMNS=columns,
+    )
+
+
+def gate_many(both: Tensor) -> Tensor:
+    """Product silu(a) b of the halves of [B, F, 2 * hidden]."""
+    rows, hidden = both.shape[0] * both.shape[1], both.shape[2] // 2
+    out = both.new_empty(*both.shape[:2], hidden)
+    columns = min(1024, _power_of_two(hidden))
+    _launch(
+        _kernels()[1].gate_many,
+        (rows, _ceil(hidden, columns)),
+        both,
+        (both, out, rows),
+        N=hidden,
+        ROWS=1,
+        COLUMNS=columns,
+    )
+    return out
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    x: Tensor,
+    arguments: tuple[Any, ...],
+    tile: Tile | None = None,
+    **constants: Any,
+) -> None:
+    options: dict[str, Any] = {"num_warps": 4} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
+    early = _comes_early(x.device)
+    if early:
+        options["launch_pdl"] = True
+    with torch.cuda.device_of(x):
+        kernel[grid](*arguments, **constants, EARLY=early, **options)
+
+
+@cache
+def _comes_early(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _scale(norm: RMSNorm, x: Tensor) -> Tensor:
+    # The kernel does not read what stands in for a scale.
+    return x if norm.weight is None else norm.weight
+
+
+def _targets(
+    query: Tensor, keys: Tensor, values: Tensor, rope: Tensor | None, cache_rows: Tensor
+) -> tuple[Tensor | int, ...]:
+    """Where projections go and by what they are rotated, as the kernels take it."""
+    batch, fed = query.shape[:2]
+    assert keys.stride()[2:] == (keys.shape[-1], 1)
+    assert keys.stride() == values.stride()
+    table = query if rope is None else rope.contiguous()
+    rope_batch = 0 if rope is None or rope.dim() == 3 else table.stride(0)
+    cache_rows = cache_rows.contiguous()
+    rows_batch = cache_rows.stride(0) if cache_rows.dim() == 2 else 0
+    places = (rope_batch, rows_batch, keys.stride(0), keys.stride(1))
+    return (query, keys, values, table, cache_rows, batch * fed, fed, *places)
+
+
+def _heads(query: Tensor, keys: Tensor, rope: Tensor | None) -> dict[str, Any]:
+    return {
+        "HEADS": query.shape[2],
+        "KV_HEADS": keys.shape[1],
+        "HEAD_DIM": query.shape[3],
+        "ROPE": rope is not None,
+    }
+
+
+def _sizes(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+    outer, inner = weight.shape
+    return {
+        "N": outer,
+        "K": inner,
+        **({} if norm is None else {"SCALED": norm.weight is not None}),
+        "ROWS": _power_of_two(rows) if tile.split == 0 else max(16, _power_of_two(rows)),
+        "COLUMNS": tile.columns,
+        "INNER": tile.inner,
+        "SPLIT": tile.split,
+        "LINES": _power_of_two(_ceil(inner, 64)),
+    }
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()

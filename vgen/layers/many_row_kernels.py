@@ -1,0 +1,176 @@
+# ruff: noqa: N803, N806 - constants of a kernel are upper case by custom
+"""Triton kernels for what lies between the products of a decoding pass of many rows; called by vgen.layers.fused.
+
+A kernel may be there before the one in front of it is done (programmatic dependent launch, ``EARLY``); all of them wait
+before they read what others wrote, so one that waited for its predecessor has waited for all before it.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Let the next kernel come, then wait for the results of the last one."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def write_rotated(
+    sums,
+    query,
+    key,
+    value,
+    rope,
+    cache_rows,
+    first_row,
+    first,
+    rows,
+    fed,
+    rope_batch,
+    rows_batch,
+    cache_batch,
+    cache_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rotate projections float32 [ROWS, COLUMNS]; queries go to a buffer, keys and values to their cache rows."""
+    dtype = query.dtype.element_ty
+    N: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    sample = row // fed
+    slot = row - sample * fed
+    sums = sums.to(dtype).to(tl.float32)
+    if ROPE:
+        a, b = tl.split(tl.reshape(sums, [ROWS, COLUMNS // 2, 2]))
+        pair = (first + 2 * tl.arange(0, COLUMNS // 2))[None, :]
+        turned = (row < rows) & (pair < (HEADS + KV_HEADS) * HEAD_DIM)
+        both = tl.arange(0, 2)[None, None, :]
+        place = (rope + sample * rope_batch + slot * HEAD_DIM + pair % HEAD_DIM)[:, :, None] + both
+        cos, sin = tl.split(tl.load(place, mask=turned[:, :, None], other=1.0 - both))
+        sums = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [ROWS, COLUMNS])
+    out = sums.to(dtype)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    head = column // HEAD_DIM
+    within = column - head * HEAD_DIM
+    here = (row < rows) & (column < N)
+    tl.store(query + row.to(tl.int64) * (HEADS * HEAD_DIM) + column, out, mask=here & (head < HEADS))
+    target = tl.load(cache_rows + sample * rows_batch + slot, mask=row < rows, other=0)
+    place = sample.to(tl.int64) * cache_batch + target.to(tl.int64) * HEAD_DIM + within
+    is_value = head >= HEADS + KV_HEADS
+    tl.store(key + place + (head - HEADS).to(tl.int64) * cache_head, out, mask=here & (head >= HEADS) & (~is_value))
+    tl.store(value + place + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head, out, mask=here & is_value)
+
+
+@triton.jit
+def silu_product(a, b, dtype: tl.constexpr):
+    """Product silu(a) b of float32 tensors, rounded where the layer rounds."""
+    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    return ((a / (1.0 + tl.exp(-a))).to(dtype).to(tl.float32) * b).to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_many(
+    x,
+    delta,
+    scale,
+    total,
+    normal,
+    rows,
+    eps,
+    K: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Norm of x, or of x + delta, which is kept; ROWS rows a program."""
+    follow(EARLY)
+    dtype = x.dtype.element_ty
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    inner = tl.arange(0, INNER)[None, :]
+    here = (row < rows) & (inner < K)
+    place = row.to(tl.int64) * K + inner
+    value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    if ADD:
+        value = (value + tl.load(delta + place, mask=here, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(total + place, value, mask=here)
+        value = value.to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(value * value, 1) / K + eps)
+    value = (value * factor[:, None]).to(dtype)
+    if SCALED:
+        value = value.to(tl.float32) * tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)
+    tl.store(normal + place, value.to(dtype), mask=here)
+
+
+@triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
+def rotate_many(
+    projected,
+    query,
+    key,
+    value,
+    rope,
+    cache_rows,
+    rows,
+    fed,
+    rope_batch,
+    rows_batch,
+    cache_batch,
+    cache_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Rotary code and cache write of projections [rows, (HEADS + 2 KV_HEADS) HEAD_DIM]."""
+    follow(EARLY)
+    N: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    first_row, first = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    row = (first_row + tl.arange(0, ROWS))[:, None]
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    sums = tl.load(projected + row.to(tl.int64) * N + column, mask=(row < rows) & (column < N), other=0.0)
+    write_rotated(
+        sums,
+        query,
+        key,
+        value,
+        rope,
+        cache_rows,
+        first_row,
+        first,
+        rows,
+        fed,
+        rope_batch,
+        rows_batch,
+        cache_batch,
+        cache_head,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        ROPE,
+        ROWS,
+        COLUMNS,
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gate_many(both, out, rows, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
+    """Gate of the halves of [rows, 2 N]."""
+    follow(EARLY)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    here = (row < rows) & (column < N)
+    wide = row.to(tl.int64)
+    a = tl.load(both + wide * (2 * N) + column, mask=here, other=0.0).to(tl.float32)
+    b = tl.load(both + wide * (2 * N) + N + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + wide * N + column, silu_product(a, b, out.dtype.element_ty), mask=here)

@@ -1,0 +1,171 @@
+"""Attention from few queries to the prefix of the key-value cache, as Triton kernels.
+
+A decoding pass asks with 1 to about 30 queries per head and reads every key and value once: the time is that of the
+bytes. The kernels of PyTorch are made for many queries and reach it for a single one only.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_MOST_QUERIES = 64  # per key-value head; more are worth the kernels of PyTorch
+_FEW_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+_TILE_BYTES = 16384  # keys per step: twice two tiles of keys and values stay within the shared memory of three programs
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a call is cut into programs.
+
+    Attributes:
+        rows: rows of the prefix per step, of every head.
+        shared: key-value heads per program.
+        queries: queries per program, all its heads together.
+        warps: per program.
+        stages: tiles in flight, the one in use counted.
+        span: steps per split of the prefix; 0 = not split.
+        early: launched before the kernel in front has ended (programmatic dependent launch).
+    """
+
+    rows: int
+    shared: int
+    queries: int
+    warps: int
+    stages: int
+    span: int = 0
+    early: bool = False
+
+
+def pick_tile(*, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, row_bytes: int) -> Tile:
+    """How to cut a call with keys of ``row_bytes`` bytes; the rest as in :func:`short_attention`."""
+    asked = heads // kv_heads * fed
+    queries = min(max(16, _power_of_two(asked)), _MOST_QUERIES)
+    fits = max(16, _TILE_BYTES // _power_of_two(row_bytes))
+    rows = max(16, _power_of_two(prefix))
+    if batch * kv_heads * -(-asked // queries) <= _FEW_PROGRAMS:
+        # Too few to fill the device: each has all it can in flight, and a long prefix is shared out.
+        rows = min(rows, fits, 128)
+        span = 256 // rows if prefix > 512 else 0
+        return Tile(rows, 1, queries, warps=8 if rows == 128 else 4, stages=3, span=span, early=True)
+    fits = min(fits, 64)
+    rows, shared = min(rows, fits), 1
+    while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= fits:
+        shared *= 2
+    return Tile(rows, shared, queries, warps=4 if queries > 16 else 2, stages=1 if prefix <= rows else 3)
+
+
+def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
+    """Whether :func:`short_attention` takes these arguments, shaped as there, and is made for them.
+
+    Products of float32 numbers do not run on the matrix units, so these stay with PyTorch.
+    """
+    return (
+        ((query.is_cuda and query.element_size() == 2) or os.environ.get("TRITON_INTERPRET") == "1")
+        and query.dtype == key.dtype
+        and query.shape[2] * (query.shape[1] // key.shape[1]) <= _MOST_QUERIES
+        and query.shape[-1] <= 256
+        and (mask is None or (mask.dim() == 2 and mask.is_floating_point()))
+        and not torch.is_grad_enabled()
+        and _kernels() is not None
+    )
+
+
+def short_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, tile: Tile | None = None
+) -> Tensor:
+    """Scaled dot-product attention for few queries; equal inputs give equal bits.
+
+    Args:
+        query: [B, heads, F, head_dim], any strides but the last.
+        key: [B, kv_heads, P, head_dim], likewise; kv_heads divides heads (grouped-query attention, repeated in blocks).
+        value: like key.
+        bias: [F, P], added to the scores; -inf hides; taken as it is if made by
+            :func:`vgen.layers.attention.additive_mask`, otherwise copied. A query that sees nothing gives zeros.
+        tile: how the call is cut; None = :func:`pick_tile`.
+
+    Returns:
+        [B, F, heads * head_dim].
+    """
+    kernels = _kernels()
+    assert kernels is not None, "short_attention needs the package triton"
+    batch, heads, fed, width = query.shape
+    kv_heads, prefix = key.shape[1], key.shape[2]
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    if bias is not None and (bias.stride(1) != 1 or bias.stride(0) != _padded(prefix)):
+        bias = F.pad(bias, (0, _padded(prefix) - prefix))
+    if tile is None:
+        row_bytes = width * key.element_size()
+        tile = pick_tile(heads=heads, kv_heads=kv_heads, batch=batch, fed=fed, prefix=prefix, row_bytes=row_bytes)
+    out = query.new_empty(batch, fed, heads * width)
+    steps = -(-prefix // tile.rows)
+    splits = -(-steps // tile.span) if tile.span else 1
+    target = peaks = sums = out
+    if splits > 1:
+        target = torch.empty(splits, batch, fed, heads * width, dtype=torch.float32, device=out.device)
+        peaks, sums = torch.empty(2, splits, batch, fed, heads, dtype=torch.float32, device=out.device)
+    group = heads // kv_heads
+    dim = max(16, _power_of_two(width))
+    asked = tile.shared * group * fed
+    assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
+    early = tile.early and query.is_cuda
+    launch: dict[str, Any] = {"EARLY": early, **({"launch_pdl": True} if early else {})}
+    kernels.attend_prefix[(batch * kv_heads // tile.shared, -(-asked // tile.queries), splits)](
+        query,
+        key,
+        value,
+        query if bias is None else bias,
+        target,
+        peaks,
+        sums,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        0 if bias is None else bias.stride(0),
+        fed,
+        prefix,
+        tile.span if splits > 1 else steps,
+        math.log2(math.e) / math.sqrt(width),
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        WIDTH=width,
+        DIM=dim,
+        SHARED=tile.shared,
+        QUERIES=tile.queries,
+        ROWS=tile.rows,
+        BIASED=bias is not None,
+        SPLIT=splits > 1,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **launch,
+    )
+    if splits > 1:
+        lines = batch * fed * heads
+        kernels.combine_splits[(-(-lines // 4),)](
+            target, peaks, sums, out, lines, splits, WIDTH=width, DIM=dim, LINES=4, num_warps=2, **launch
+        )
+    return out
+
+
+def _padded(prefix: int) -> int:
+    """Columns of an additive mask in memory."""
+    return -(-prefix // 16) * 16
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+@cache
+def _kernels() -> Any:
+    """The kernels, or None without the package triton, which PyTorch brings along on Linux only."""
+    try:
+        from vgen.layers import short_attention_kernels
+    except ImportError:
+        return None
+    return short_attention_kernels
