@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.generators.helpers import captions, tiny_joint
+from tests.generators.helpers import captions, tiny_generator, tiny_joint
 from vgen.errors import UserError
 from vgen.generators.joint_text import Captions, JointText
 from vgen.losses.tokens import masked_cross_entropy
@@ -12,6 +12,7 @@ from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.masked import masked
 from vgen.schedules.masked_random import masked_random
 from vgen.schedules.raster import raster
+from vgen.training.sharding import is_unit
 
 VOCAB = 23
 PLAN = masked(grid=(3, 4), num_condition=3, steps=4)
@@ -154,3 +155,11 @@ def test_what_is_missing_or_does_not_fit_is_named():
     generator, sampling = tiny_joint(PLAN), Sampling(diffusion_steps=5)
     with pytest.raises(UserError, match="diffusion_steps has no effect"):
         decode(generator, PLAN, LABELS, sampling=sampling, sample_index=INDEX)
+
+
+def test_sharding_gathers_joint_blocks_as_a_whole():
+    """Their halves are called in parts, which a wrapper around them would not notice."""
+    generator, plain = tiny_joint(PLAN), tiny_generator(raster(grid=(2, 2)))
+    assert [type(m).__name__ for m in generator.modules() if is_unit(m, False, 0)] == ["JointBlock"] * 2
+    assert [type(m).__name__ for m in plain.modules() if is_unit(m, False, 0)] == ["Block"] * 2
+    assert is_unit(generator, True, 0)

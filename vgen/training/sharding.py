@@ -5,15 +5,17 @@ from typing import Literal
 
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import nn
-from torch.distributed.fsdp.wrap import CustomPolicy
 
 from vgen.generators.block import Block
 from vgen.generators.joint_block import JointBlock
 
 
-def is_unit(module: nn.Module) -> bool:
-    """Whether a module is gathered as a whole: blocks, but not those that a joint block runs in parts."""
-    return isinstance(module, JointBlock) or (isinstance(module, Block) and not module.in_parts)
+def is_unit(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Whether a module is gathered as a whole: blocks, but not those that a joint block runs in parts.
+
+    Arguments as torch's wrapping policies take them; with ``recurse`` whether to look at what a module holds.
+    """
+    return recurse or isinstance(module, JointBlock) or (isinstance(module, Block) and not module.in_parts)
 
 
 def fsdp(
@@ -21,7 +23,7 @@ def fsdp(
 ) -> FSDPStrategy:
     """Shard by transformer block; checkpoints hold the whole state in one file."""
     return FSDPStrategy(
-        auto_wrap_policy=CustomPolicy(is_unit),
+        auto_wrap_policy=is_unit,
         sharding_strategy=sharding_strategy,
         state_dict_type="full",
         timeout=timedelta(minutes=timeout_minutes),
