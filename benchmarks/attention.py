@@ -130,6 +130,7 @@ def variants(tile: Tile, prefix: int) -> Iterator[Tile]:
         return
     if prefix <= tile.rows:
         yield replace(tile, warps=1)
+        yield replace(tile, stages=1)
         yield replace(tile, warps=4)
         if tile.shared > 1:
             yield replace(tile, shared=tile.shared // 2, warps=1)

@@ -36,6 +36,7 @@ def test_cache_writes_by_index_and_by_slice_alike():
     results = []
     for start in (2, -1):
         cache = KVCache(layers=1, batch=1, heads=2, rows=8, head_dim=4, device=torch.device("cpu"), dtype=torch.float32)
+        cache.clear()
         got_key, got_value = cache.write(0, key, value, torch.tensor([2, 3, 4]), start, 5)
         assert torch.equal(got_key[:, :, 2:], key)
         assert torch.equal(got_value[:, :, 2:], value)

@@ -59,7 +59,7 @@ FEW = Tile(rows=16, shared=1, queries=16, warps=4, stages=2)
         ((2, 4, 2, 3, 70, 8), True, None),
         ((1, 6, 2, 5, 37, 12), True, FEW),  # 15 of 16 rows used
         ((1, 4, 1, 5, 40, 16), True, FEW),  # 20 queries in two blocks
-        ((2, 4, 4, 4, 33, 16), True, Tile(16, 4, 16, 2, 1)),
+        ((2, 4, 4, 4, 33, 16), True, Tile(16, 4, 16, 2, 2)),
         ((2, 8, 4, 2, 33, 16), False, Tile(16, 4, 16, 2, 1)),
         ((1, 8, 8, 1, 70, 16), False, Tile(32, 8, 16, 2, 3)),
         ((2, 2, 2, 31, 90, 16), True, Tile(64, 1, 32, 4, 3)),
@@ -155,7 +155,7 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
 @compiled
 @pytest.mark.parametrize(
     ("rows", "shared", "queries", "warps", "stages", "biased"),
-    [(64, 1, 16, 2, 3, False), (64, 1, 32, 4, 3, True), (128, 1, 16, 8, 3, False), (16, 4, 16, 2, 1, False)],
+    [(64, 1, 16, 2, 3, False), (64, 1, 32, 4, 3, True), (128, 1, 16, 8, 3, False), (16, 4, 16, 2, 2, False)],
 )
 def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased):
     from triton.backends.compiler import GPUTarget
@@ -181,7 +181,7 @@ def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, st
     assert ".local" not in code
     narrow = ("ld.global.b16", "ld.global.b32", "cp.async.ca")
     assert not any(word in code for word in narrow)
-    assert "cp.async.cg.shared.global" in code or code.count("ld.global.v4.b32") > 8
+    assert "cp.async.cg.shared.global" in code
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -112,11 +112,8 @@ def test_fused_decoding_gives_the_tokens_of_the_plain_loop(plan, monkeypatch):
     sampling = Sampling(seed=2, temperature=0.9, guidance=Guidance(scale=2.0, end=4))
     shared = {"sampling": sampling, "sample_index": torch.arange(2)}
     expected = decode(generator, plan, labels, **shared)
-    generator.fused = True
-    for block in generator.layers:
-        block.attention.fused = True
     monkeypatch.setattr("vgen.sampling.noise.pick_tokens", None)
-    assert torch.equal(Decoder(generator, plan)(labels, **shared), expected)
+    assert torch.equal(Decoder(generator, plan, engine="fused")(labels, **shared), expected)
 
 
 @interpreted

@@ -51,8 +51,10 @@ class Located(NamedTuple):
     bias: Tensor | None = None
 
 
-def values_at(values: Tensor, index: Tensor) -> Tensor:
-    """Values [B, N] at int64 [F], or at the samples' own [B, F]."""
+def values_at(values: Tensor, index: Tensor, start: int = -1) -> Tensor:
+    """Values [B, N] at int64 [F], which count up from ``start`` unless it is -1, or at the samples' own [B, F]."""
+    if start >= 0:
+        return values[:, start : start + len(index)]
     return values[:, index] if index.dim() == 1 else values.gather(1, index)
 
 

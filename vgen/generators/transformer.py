@@ -509,9 +509,9 @@ class Transformer(nn.Module):
         if len(feed.conditions):
             parts.append(condition[:, feed.conditions])
         if feed.tokens.numel():
-            tokens = self.tok_embeddings(values_at(ids, feed.tokens))
+            tokens = self.tok_embeddings(values_at(ids, feed.tokens, feed.token_start))
             if blank is not None:
-                tokens = tokens.masked_fill(values_at(blank, feed.tokens)[..., None], 0.0)
+                tokens = tokens.masked_fill(values_at(blank, feed.tokens, feed.token_start)[..., None], 0.0)
             parts.append(tokens if everywhere else self.token_dropout(tokens))
         if len(feed.learned):
             assert self.learned_embeddings is not None

@@ -28,7 +28,7 @@ class Tile:
         shared: key-value heads per program.
         queries: queries per program, all its heads together.
         warps: per program.
-        stages: tiles in flight, the one in use counted.
+        stages: one more than tiles in flight; 1 = keys and values of a tile come one after the other.
         span: steps per split of the prefix; 0 = not split.
         early: launched before the kernel in front has ended (programmatic dependent launch).
     """
@@ -57,7 +57,7 @@ def pick_tile(*, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, r
     rows, shared = min(rows, fits), 1
     while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= fits:
         shared *= 2
-    return Tile(rows, shared, queries, warps=4 if queries > 16 else 2, stages=1 if prefix <= rows else 3)
+    return Tile(rows, shared, queries, warps=4 if queries > 16 else 2, stages=2 if prefix <= rows else 3)
 
 
 def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:

@@ -49,6 +49,7 @@ class Feed:
         slots: int64 [F], numbers of the slots in the teacher-forced sequence.
         conditions: int64 [number of condition slots], index into the condition embeddings.
         tokens: int64 [number of token slots] or [B, F], order index of the token fed.
+        token_start: the first of them if they are consecutive and the same for all samples, otherwise -1.
         learned: int64 [number of learned slots], index into the learned embeddings.
         queries: int64 [number of query slots], order index of the token asked for.
         arrange: int64 [F] that brings the concatenation (conditions, tokens, learned, queries) into slot order, or None
@@ -65,6 +66,7 @@ class Feed:
     arrange: Tensor | None
     position: Tensor
     target: Tensor
+    token_start: int = -1
 
     @staticmethod
     def build(slots: Tensor, kind: Tensor, source: Tensor, position: Tensor, target: Tensor) -> "Feed":
@@ -72,20 +74,24 @@ class Feed:
         groups = [torch.nonzero(kind == k).flatten() for k in Kind]
         inverse = torch.cat(groups).argsort()
         identity = torch.equal(inverse, torch.arange(len(kind)))
+        tokens = source[groups[Kind.TOKEN]]
+        start = int(tokens[0]) if len(tokens) else -1
+        consecutive = torch.equal(tokens, torch.arange(start, start + len(tokens)))
         return Feed(
             slots=slots,
             conditions=source[groups[Kind.CONDITION]],
-            tokens=source[groups[Kind.TOKEN]],
+            tokens=tokens,
             learned=source[groups[Kind.LEARNED]],
             queries=source[groups[Kind.QUERY]],
             arrange=None if identity else inverse,
             position=position,
             target=target,
+            token_start=start if consecutive else -1,
         )
 
     def to(self, device: torch.device) -> "Feed":
         """Copy with every index tensor on a device."""
-        return _mapped(self, lambda value: value.to(device))
+        return _mapped(self, lambda value: value.to(device) if isinstance(value, Tensor) else value)
 
 
 @dataclass(frozen=True, eq=False)
