@@ -124,6 +124,8 @@ def variants(tile: Tile, prefix: int) -> Iterator[Tile]:
     """Other cuts near one."""
     if tile.early:
         yield replace(tile, early=False)
+        if prefix > tile.rows:
+            yield replace(tile, span=0 if tile.span else 1)
         if tile.rows == 128:
             yield replace(tile, warps=4)
             yield replace(tile, rows=64, warps=4, stages=5, span=2 * tile.span)

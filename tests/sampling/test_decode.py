@@ -4,7 +4,11 @@ import torch
 from tests.generators.helpers import tiny_generator
 from vgen.sampling.decode import decode
 from vgen.sampling.settings import Guidance, Sampling
+from vgen.schedules.neighboring import neighboring
+from vgen.schedules.parallel import parallel
+from vgen.schedules.randar import randar
 from vgen.schedules.raster import raster
+from vgen.schedules.zipar import zipar
 
 PLAN = raster(grid=(3, 4))
 LABELS = torch.tensor([0, 1, 2, 3])
@@ -87,6 +91,39 @@ def test_known_tokens_are_kept_and_condition_the_rest():
     with torch.inference_mode():
         best = generator.logits(ids, LABELS, PLAN).argmax(-1)
     assert torch.equal(best[~known], ids[~known])
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        PLAN,
+        neighboring(grid=(3, 4)),
+        parallel(grid=(4, 4), regions=4),
+        zipar(grid=(4, 6), window=2),
+        randar(grid=(3, 4)),
+    ],
+    ids=lambda plan: plan.name,
+)
+def test_nothing_is_read_before_it_is_written(plan, monkeypatch):
+    generator = tiny_generator(plan)
+    shared = {"sampling": Sampling(guidance=Guidance(scale=2.0)), "sample_index": INDEX}
+    expected = decode(generator, plan, LABELS, **shared)
+    make = type(generator).new_cache
+
+    def dirty(batch, rows):
+        cache = make(generator, batch, rows)
+        cache.buffer.fill_(float("nan"))
+        return cache
+
+    monkeypatch.setattr(generator, "new_cache", dirty)
+    assert torch.equal(decode(generator, plan, LABELS, **shared), expected)
+    assert plan.sees_unwritten == (plan.name == "zipar")
+
+
+def test_a_watcher_sees_what_is_open():
+    generator, seen = tiny_generator(PLAN), []
+    decode(generator, PLAN, LABELS, sampling=Sampling(), sample_index=INDEX, watch=lambda _, ids: seen.append(ids))
+    assert [(ids >= 0).sum(1).unique().tolist() for ids in seen] == [[count] for count in range(1, 13)]
 
 
 def test_stopping_early_leaves_the_rest_undecided():

@@ -58,7 +58,7 @@ def draws(batch, decided, size, *, branches=2, dtype=torch.float32, device="cpu"
         (3, 2, 2048, 1.0, 1.0),
         (2, 3, 2049, 4.5, 0.7),
         (1, 1, 16384, 2.0, 1.0),
-        (2, 1, 5000, 0.0, 1e-7),
+        (2, 1, 5000, 0, 1e-7),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -115,40 +115,42 @@ def short_attention(
     assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
     early = tile.early and query.is_cuda
     launch: dict[str, Any] = {"EARLY": early, **({"launch_pdl": True} if early else {})}
-    kernels.attend_prefix[(batch * kv_heads // tile.shared, -(-asked // tile.queries), splits)](
-        query,
-        key,
-        value,
-        query if bias is None else bias,
-        target,
-        peaks,
-        sums,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        0 if bias is None else bias.stride(0),
-        fed,
-        prefix,
-        tile.span if splits > 1 else steps,
-        math.log2(math.e) / math.sqrt(width),
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        WIDTH=width,
-        DIM=dim,
-        SHARED=tile.shared,
-        QUERIES=tile.queries,
-        ROWS=tile.rows,
-        BIASED=bias is not None,
-        SPLIT=splits > 1,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **launch,
-    )
-    if splits > 1:
-        lines = batch * fed * heads
-        kernels.combine_splits[(-(-lines // 4),)](
-            target, peaks, sums, out, lines, splits, WIDTH=width, DIM=dim, LINES=4, num_warps=2, **launch
+    # Triton launches on the current device.
+    with torch.cuda.device_of(query):
+        kernels.attend_prefix[(batch * kv_heads // tile.shared, -(-asked // tile.queries), splits)](
+            query,
+            key,
+            value,
+            query if bias is None else bias,
+            target,
+            peaks,
+            sums,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            0 if bias is None else bias.stride(0),
+            fed,
+            prefix,
+            tile.span if splits > 1 else steps,
+            math.log2(math.e) / math.sqrt(width),
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            WIDTH=width,
+            DIM=dim,
+            SHARED=tile.shared,
+            QUERIES=tile.queries,
+            ROWS=tile.rows,
+            BIASED=bias is not None,
+            SPLIT=splits > 1,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **launch,
         )
+        if splits > 1:
+            lines = batch * fed * heads
+            kernels.combine_splits[(-(-lines // 4),)](
+                target, peaks, sums, out, lines, splits, WIDTH=width, DIM=dim, LINES=4, num_warps=2, **launch
+            )
     return out
 
 

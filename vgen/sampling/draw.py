@@ -45,7 +45,8 @@ def draw_tokens(
     peaks = torch.empty(lines, tiles, dtype=torch.float32, device=logits.device)
     sums = torch.empty(lines, tiles * _CHUNKS, dtype=torch.float64, device=logits.device)
     tokens = torch.empty(batch, decided, dtype=torch.int64, device=logits.device)
-    temperature = max(temperature, 1e-5)
+    # Whole numbers would be compiled in.
+    weight, temperature = float(weight), max(float(temperature), 1e-5)
     same = {
         "V": size,
         "CHUNK": _CHUNK,
@@ -54,24 +55,26 @@ def draw_tokens(
         "HEATED": temperature != 1.0,
         "num_warps": 4,
     }
-    kernels.weigh_chunks[(lines, tiles)](logits, peaks, sums, lines, weight, temperature, **same)
-    kernels.pick_in_chunks[(lines,)](
-        logits,
-        peaks,
-        sums,
-        uniform,
-        targets,
-        tokens,
-        lines,
-        decided,
-        uniform.stride(0),
-        *targets.stride(),
-        weight,
-        temperature,
-        TILES=tiles,
-        ALL=1 << (tiles * _CHUNKS - 1).bit_length(),
-        **same,
-    )
+    # Triton launches on the current device.
+    with torch.cuda.device_of(logits):
+        kernels.weigh_chunks[(lines, tiles)](logits, peaks, sums, lines, weight, temperature, **same)
+        kernels.pick_in_chunks[(lines,)](
+            logits,
+            peaks,
+            sums,
+            uniform,
+            targets,
+            tokens,
+            lines,
+            decided,
+            uniform.stride(0),
+            *targets.stride(),
+            weight,
+            temperature,
+            TILES=tiles,
+            ALL=1 << (tiles * _CHUNKS - 1).bit_length(),
+            **same,
+        )
     return tokens
 
 

@@ -136,7 +136,7 @@ class Decoder:
     ) -> None:
         engine = pick_engine(engine, generator.device)
         on_cuda = generator.device.type == "cuda"
-        if engine != "eager" and not (on_cuda or record):
+        if engine == "graph" and not (on_cuda or record):
             raise UserError(
                 f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
             )
