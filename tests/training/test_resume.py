@@ -42,27 +42,12 @@ def test_resume_continues_exactly(kind, tokenizer_release, tmp_path):
     assert len(column(whole, "train/loss")) == ends[0]["global_step"] == 12
 
 
-@pytest.mark.parametrize(
-    "every",
-    [
-        [],
-        ["every.validate=1"],
-        ["every.validate=2"],
-        ["every.checkpoint=2"],
-        ["every.validate=2", "every.checkpoint=2"],
-    ],
-)
+@pytest.mark.parametrize("every", ["", "validate=1", "validate=2", "checkpoint=2", "validate=2 checkpoint=2"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_stops_inside_an_epoch_change_nothing_that_is_keyed_by_it(every, accumulate, tokenizer_release, tmp_path):
     # 180 images in batches of 36 are 5 per epoch. Hidden tokens, dropped conditions and dropout are new in each epoch.
-    settings = [
-        *overrides("generator", tokenizer_release),
-        *every,
-        "generator=maskgit_digits",
-        "task.batch_size=36",
-        "schedule=masked",
-        "schedule.steps=3",
-    ]
+    settings = [*overrides("generator", tokenizer_release), *(f"every.{word}" for word in every.split())]
+    settings += ["task.batch_size=36", "generator=maskgit_digits", "schedule=masked", "schedule.steps=3"]
     settings += ["task.condition_dropout=0.5", "generator.residual_dropout=0.1", f"task.accumulate={accumulate}"]
     whole = run(tmp_path / "whole", *settings, "trainer.max_steps=9")
     for steps in (2, 3, 4, 6, 9):
