@@ -7,29 +7,29 @@ DATA is a folder in Hugging Face layout (CIFAR-10 for the published table). Stag
 result is there, so that repeating the command goes on where it stopped: ``tokenizer`` (train
 experiment=cifar10_tokenizer, unless --tokenizer names a release), ``codes`` (encode the data once, and collect the
 statistics that scores are taken against), ``train`` (one run per order, several at once), ``sweep`` (Frechet distance
-and class accuracy over guidance scales, continued upwards while the largest is the best, then the best scale again with
-more samples), ``speed`` (one plan after the other on an idle device), ``table`` (CSV, markdown and a plot).
+and class accuracy over guidance scales, scale after scale for all plans, continued upwards while the largest is the
+best, then the best scales again with more samples), ``speed`` (one plan after the other on an idle device), ``table``
+(CSV, markdown and a plot).
 """
 
 import argparse
 import csv
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from queue import Queue
 from typing import Any, get_args
 
 import torch
 import yaml
 
 from benchmarks.frechet_sweep import open_data, pictures, statistics
-from benchmarks.trainings import only_device
+from benchmarks.sweep_queue import Measurement, claim, next_measurement
+from benchmarks.trainings import Command, run_side_by_side, stoppable, training_command
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
 from vgen.errors import UserError, reported
@@ -42,8 +42,6 @@ from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.catalog import FOLDER
 
-ROOT = Path(__file__).parents[1]
-LARGEST_SCALE = 16.0
 STAGES = ("tokenizer", "codes", "train", "sweep", "speed", "table")
 
 
@@ -100,7 +98,7 @@ class Comparison:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.out = Path(arguments.out)
+        self.out = Path(arguments.out).absolute()
         self.orders = {name: ORDERS[name] for name in arguments.orders}
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_same()
@@ -113,7 +111,7 @@ class Comparison:
         if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
             raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-        if self.arguments.part is None:
+        if not path.is_file():
             path.write_text(json.dumps(mine, indent=1))
 
     # Training
@@ -122,12 +120,13 @@ class Comparison:
     def tokenizer_release(self) -> Path:
         """Release of the tokenizer, given or trained here."""
         given = self.arguments.tokenizer
-        return Path(given) if given else self.out / "tokenizer" / "release"
+        return Path(given).absolute() if given else self.out / "tokenizer" / "release"
 
     def tokenizer(self) -> None:
         """Train the tokenizer with its own recipe."""
         if not self.tokenizer_release.is_dir():
-            self._train("tokenizer", ["experiment=cifar10_tokenizer", f"data.path={self.arguments.data}"], device=0)
+            words = ["experiment=cifar10_tokenizer", f"data.path={Path(self.arguments.data).absolute()}"]
+            run_side_by_side([self._training("tokenizer", words)], per_device=1)
 
     def codes(self) -> None:
         """Encode the data once for all orders, and collect the feature statistics scores are taken against."""
@@ -149,14 +148,10 @@ class Comparison:
 
     def train(self) -> None:
         """Train every order that has no release yet, ``--jobs`` at once per device."""
-        missing = [name for name in self.orders if not (self.out / name / "release").is_dir()]
-        slots: Queue[int] = Queue()
-        for _ in range(self.arguments.jobs):
-            for device in range(max(1, torch.cuda.device_count())):
-                slots.put(device)
-
-        def run(name: str) -> None:
-            order, device = self.orders[name], slots.get()
+        commands = []
+        for name, order in self.orders.items():
+            if (self.out / name / "release").is_dir():
+                continue
             words = [
                 "experiment=cifar10_orders",
                 f"schedule={order.schedule}",
@@ -166,26 +161,11 @@ class Comparison:
                 f"trainer.max_steps={self.arguments.steps}",
                 *order.overrides,
             ]
-            try:
-                self._train(name, words, device=device)
-            finally:
-                slots.put(device)
+            commands.append(self._training(name, words))
+        run_side_by_side(commands, per_device=self.arguments.jobs)
 
-        with ThreadPoolExecutor(max_workers=max(1, slots.qsize())) as pool:
-            list(pool.map(run, missing))
-
-    def _train(self, name: str, words: list[str], *, device: int) -> None:
-        """Run train.py in a process of its own, its words on the screen and in a log."""
-        folder = self.out / name
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "train.py", *words, f"run_name={name}", f"run_dir={folder}", *self.arguments.set]
-        start = time.perf_counter()
-        with (folder / "train.log").open("a") as log:
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=only_device(device)).returncode
-        if status:
-            tail = "\n".join((folder / "train.log").read_text().splitlines()[-15:])
-            raise UserError(f"training '{name}' failed with status {status}:\n{tail}")
-        print(f"{name}: trained in {time.perf_counter() - start:.0f} s", flush=True)
+    def _training(self, name: str, words: Sequence[str]) -> Command:
+        return training_command(name, [*words, *self.arguments.set], self.out / name)
 
     # Scores
 
@@ -215,49 +195,53 @@ class Comparison:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
+    def next_measurement(self, labels: Sequence[str]) -> Measurement | None:
+        """What the sweep of some plans lacks first, given the rows so far."""
+        settings = self.arguments
+        return next_measurement(
+            labels, self.rows("sweep"), scales=settings.scales, samples=settings.samples, final=settings.final
+        )
+
     def sweep(self) -> None:
-        """Every plan at every scale, then the best scale with more samples; plans are shared out over processes."""
-        part, parts = self.arguments.part, max(1, torch.cuda.device_count()) * self.arguments.jobs
-        if part is None and parts > 1:
-            words = [sys.executable, "-m", "benchmarks.compare_orders", *sys.argv[1:], "--only", "sweep"]
-            children = []
-            for i in range(parts):
-                command = [*words, "--part", str(i), str(parts)]
-                children.append(subprocess.Popen(command, cwd=ROOT, env=only_device(i)))
-            if any([child.wait() for child in children]):
-                raise UserError("a part of the sweep failed; its message stands above; repeat the command to go on")
+        """Every plan at every scale, then its best scale with more samples; several processes share the plans."""
+        unfinished = [label for label, _, _ in self.plans() if self.next_measurement([label]) is not None]
+        processes = min(len(unfinished), max(1, torch.cuda.device_count()) * self.arguments.jobs)
+        if processes < 2:
+            self._sweep_here()
             return
-        first, step = part or (0, 1)
+        words = [sys.executable, "-m", "benchmarks.compare_orders", *self.arguments.words]
+        words += ["--only", "sweep", "--jobs", "1"]
+        run_side_by_side(
+            [Command(f"sweep {i}", words, self.out / f"sweep-{i}.log") for i in range(processes)],
+            per_device=self.arguments.jobs,
+        )
+
+    def _sweep_here(self) -> None:
+        """Score what no other process scores.
+
+        A plan belongs to the process that comes to it first, which keeps its pipeline. Since every process makes a
+        measurement before it looks for the next plan, those with fast plans get more of them.
+        """
+        device, plans = pick_device(), {label: (training, schedule) for label, training, schedule in self.plans()}
         reference = Gaussian(**torch.load(self.out / "reference.pt", weights_only=True))
-        for plan in self.plans()[first::step]:
-            self._sweep_plan(*plan, reference, pick_device())
-
-    def _sweep_plan(
-        self, label: str, training: str, schedule: dict[str, Any], reference: Gaussian, device: torch.device
-    ) -> None:
-        done = {(row["plan"], row["scale"], row["samples"]): row for row in self.rows("sweep")}
-        pipeline = self.pipeline(training, schedule, device)
         extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
-        rows = []
-        for scale in self.arguments.scales:
-            key = (label, scale, self.arguments.samples)
-            row = done.get(key)
-            rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
-        while (
-            (best := min(rows, key=lambda row: row["fd"])["scale"]) == max(row["scale"] for row in rows) < LARGEST_SCALE
-        ):
-            # The best scale must lie inside what was tried, or the order that likes guidance most is wronged.
-            scale = best * 1.5
-            row = done.get((label, scale, self.arguments.samples))
-            rows.append(row or self._score(label, pipeline, extractor, reference, scale, self.arguments.samples))
-        if (label, best, self.arguments.final) not in done:
-            self._score(label, pipeline, extractor, reference, best, self.arguments.final)
+        mine: set[str] = set()
+        others: set[str] = set()
+        pipelines: dict[str, Pipeline] = {}
+        with ExitStack() as claims:
+            while (todo := self.next_measurement([label for label in plans if label not in others])) is not None:
+                if todo.plan not in mine:
+                    # Looked at again before it is scored: another process may have added rows and gone.
+                    taken = claim(self.out / "claims" / todo.plan, claims)
+                    (mine if taken else others).add(todo.plan)
+                    continue
+                if todo.plan not in pipelines:
+                    pipelines[todo.plan] = self.pipeline(*plans[todo.plan], device)
+                self._score(todo, pipelines[todo.plan], extractor, reference)
 
-    def _score(
-        self, label: str, pipeline: Pipeline, extractor: Extractor, reference: Gaussian, scale: float, samples: int
-    ) -> dict[str, Any]:
-        labels = make_labels("balanced", samples, pipeline.num_classes, seed=0)
-        sampling = Sampling(guidance=Guidance(scale=scale))
+    def _score(self, todo: Measurement, pipeline: Pipeline, extractor: Extractor, reference: Gaussian) -> None:
+        labels = make_labels("balanced", todo.samples, pipeline.num_classes, seed=0)
+        sampling = Sampling(guidance=Guidance(scale=todo.scale))
         collected, hits = FeatureStatistics(extractor.dim, extractor.device), 0
         for batch in sample_stream(pipeline, labels, sampling, batch_size=self.arguments.batch_size):
             features, logits = extractor(batch.images)
@@ -265,9 +249,7 @@ class Comparison:
             if logits is not None:
                 hits += int((logits.argmax(-1).cpu() == batch.labels).sum())
         fd = frechet_distance(collected.gaussian(), reference)
-        row = {"plan": label, "scale": scale, "samples": samples, "fd": fd, "accuracy": hits / samples}
-        self.add("sweep", row)
-        return row
+        self.add("sweep", vars(todo) | {"fd": fd, "accuracy": hits / todo.samples})
 
     def speed(self) -> None:
         """Images/s of every plan alone on the device, tokens only, guidance on, median of three after a warm-up."""
@@ -386,30 +368,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="tokenizer release; without it one is trained")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--steps", type=int, default=6000, help="training steps per order")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings at once per device")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings and sweeps at once per device")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
     parser.add_argument("--samples", type=int, default=10000, help="per guidance scale")
     parser.add_argument("--final", type=int, default=50000, help="at the best scale")
     parser.add_argument("--batch-size", type=int, default=1000)
     parser.add_argument("--engine", choices=get_args(Engine), default="auto", help="how plans are decoded")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
-    parser.add_argument("--part", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    given.words = list(sys.argv[1:] if arguments is None else arguments)
+    return given
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that were asked for."""
     given = parse(arguments)
-    with reported():
+    with reported(), stoppable():
         comparison = Comparison(given)
         for stage in STAGES:
             if stage in given.only:
                 start = time.perf_counter()
                 getattr(comparison, stage)()
                 print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
-        if given.part is None:
-            (comparison.out / "versions.json").write_text(json.dumps(versions()))
+        (comparison.out / "versions.json").write_text(json.dumps(versions()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands side by side on the visible devices, which pass a stop on to all of them."""
+"""Commands side by side on the visible devices, which share the cores and pass a stop on to all of them."""
 
 import os
 import signal
@@ -52,6 +52,16 @@ def only_device(index: int, environment: Mapping[str, str] | None = None) -> dic
     return mine | {"CUDA_VISIBLE_DEVICES": names[index % count]}
 
 
+def _environment(place: int, at_once: int) -> dict[str, str]:
+    """The environment of the command at a place: its device, and its share of the cores."""
+    if at_once == 1:
+        return only_device(place)
+    # torch's threads of all cores in every process would stand in each other's way; two shares are left to the
+    # processes that prepare data and to ours.
+    threads = max(2, len(os.sched_getaffinity(0)) // (at_once + 2))
+    return only_device(place, {"OMP_NUM_THREADS": str(threads)} | os.environ)
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Let SIGTERM end the program as an exception does, so that whatever runs is stopped in order."""
@@ -70,6 +80,7 @@ def run_side_by_side(commands: Sequence[Command], *, per_device: int) -> None:
     """Run commands, as many at once as there are places; those behind wait for a free one.
 
     A command that fails leaves the others running. If this process is stopped, all get SIGTERM and the time to save.
+    The cores are shared among those that run at once, unless OMP_NUM_THREADS says how many threads each gets.
 
     Args:
         commands: what to run.
@@ -79,6 +90,7 @@ def run_side_by_side(commands: Sequence[Command], *, per_device: int) -> None:
         UserError: naming the commands that failed, with the end of their logs.
     """
     places = max(1, torch.cuda.device_count()) * per_device
+    at_once = min(places, len(commands))
     waiting, running, failed = list(commands), dict[int, tuple[Command, subprocess.Popen[bytes], float]](), []
     reported = time.monotonic()
     try:
@@ -86,7 +98,7 @@ def run_side_by_side(commands: Sequence[Command], *, per_device: int) -> None:
             for place in range(places):
                 if waiting and place not in running:
                     command = waiting.pop(0)
-                    running[place] = command, _start(command, place), time.monotonic()
+                    running[place] = command, _start(command, _environment(place, at_once)), time.monotonic()
             time.sleep(0.2)
             for place, (command, process, began) in list(running.items()):
                 if process.poll() is None:
@@ -106,13 +118,13 @@ def run_side_by_side(commands: Sequence[Command], *, per_device: int) -> None:
         raise UserError("\n".join(failed))
 
 
-def _start(command: Command, place: int) -> "subprocess.Popen[bytes]":
+def _start(command: Command, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     command.log.parent.mkdir(parents=True, exist_ok=True)
     with command.log.open("a") as log:
         # A session of its own: a signal to our group must not reach it beside the one we pass on, since a training
         # takes the second for "stop without saving".
         return subprocess.Popen(
-            command.words, cwd=ROOT, stdout=log, stderr=log, env=only_device(place), start_new_session=True
+            command.words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 

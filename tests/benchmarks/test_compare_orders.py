@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import ExitStack
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import compare_orders
+from benchmarks.sweep_queue import Measurement, claim, next_measurement
 from tests.evaluation.helpers import TinyExtractor, quadrant_pictures, save_script, save_tokenizer
 
 
@@ -28,6 +30,45 @@ def write_pictures(folder):
     return folder
 
 
+def swept(plans, fd, *, scales=(1.0, 2.0), rows=()):
+    """Measurements of a sweep whose distances are a function of plan and scale."""
+    rows, made = list(rows), []
+    while (todo := next_measurement(plans, rows, scales=scales, samples=16, final=24)) is not None:
+        made.append(todo)
+        rows.append(vars(todo) | {"fd": fd(todo.plan, todo.scale)})
+    return made
+
+
+def test_a_sweep_goes_through_the_scales_before_the_plans():
+    best = {"a": 1.0, "b": 4.0, "c": 100.0}
+    made = swept("abc", lambda plan, scale: abs(scale - best[plan]))
+    expected = [(plan, scale, 16) for scale in (1.0, 2.0) for plan in "abc"]
+    # Only plans whose best scale is the largest go on, up to the end of all scales.
+    expected += [("b", 3.0, 16), ("c", 3.0, 16), ("b", 4.5, 16), ("c", 4.5, 16), ("b", 6.75, 16), ("c", 6.75, 16)]
+    expected += [("c", 10.125, 16), ("c", 15.1875, 16), ("c", 22.78125, 16)]
+    expected += [("a", 1.0, 24), ("b", 4.5, 24), ("c", 22.78125, 24)]
+    assert made == [Measurement(*row) for row in expected]
+
+
+def test_a_sweep_that_stopped_anywhere_goes_on_there():
+    def fd(plan, scale):
+        return abs(scale - ord(plan) + 94)
+
+    whole = swept("abc", fd)
+    for stop in range(len(whole)):
+        rows = [vars(row) | {"fd": fd(row.plan, row.scale)} for row in whole[:stop]]
+        assert swept("abc", fd, rows=rows) == whole[stop:]
+
+
+def test_a_plan_has_one_owner(tmp_path):
+    with ExitStack() as first, ExitStack() as second:
+        assert claim(tmp_path / "claims" / "a", first)
+        assert not claim(tmp_path / "claims" / "a", second)
+        assert claim(tmp_path / "claims" / "b", second)
+        first.close()
+        assert claim(tmp_path / "claims" / "a", second)
+
+
 @pytest.mark.slow
 def test_every_stage_and_a_repeated_command(tmp_path, capsys):
     command = [
@@ -40,7 +81,7 @@ def test_every_stage_and_a_repeated_command(tmp_path, capsys):
         *("generator.dim=16", "generator.depth=1", "generator.heads=2", "num_threads=1"),
     ]
     compare_orders.main(command)
-    assert "trained in" in capsys.readouterr().out
+    assert "raster: " in capsys.readouterr().out
     out = tmp_path / "out"
     table = list(csv.DictReader((out / "orders.csv").open()))
     assert [(row["plan"], row["passes"]) for row in table[:3]] == [
@@ -53,17 +94,29 @@ def test_every_stage_and_a_repeated_command(tmp_path, capsys):
     assert (out / "orders.png").is_file()
     assert (out / "orders.md").read_text().count("\n") == 2 + len(table)
 
-    rows = (out / "sweep.jsonl").read_text().splitlines()
-    assert len(rows) >= 4 * 3
-    # An interrupted sweep: the rows that are there are not made again.
-    (out / "sweep.jsonl").write_text("\n".join(rows[:-2]) + "\n")
+    rows = [json.loads(row) for row in (out / "sweep.jsonl").read_text().splitlines()]
+    keys = [(row["plan"], row["scale"], row["samples"]) for row in rows]
+    plans = ["raster", "zipar-4", "zipar-2", "zipar-2-adaptive"]
+    assert keys[:8] == [(plan, scale, 16) for scale in (1, 2) for plan in plans]
+    assert [key[::2] for key in keys[-4:]] == [(plan, 24) for plan in plans]
+    # An interrupted sweep goes on in the same order, without the rows that are there.
+    kept = "".join(json.dumps(row) + "\n" for row in rows[:6])
+    (out / "sweep.jsonl").write_text(kept)
     compare_orders.main(command)
-    assert "trained in" not in capsys.readouterr().out
+    assert "raster: " not in capsys.readouterr().out
     again = [json.loads(row) for row in (out / "sweep.jsonl").read_text().splitlines()]
-    assert [(row["plan"], row["scale"], row["samples"]) for row in again] == [
-        (row["plan"], row["scale"], row["samples"]) for row in map(json.loads, rows)
-    ]
-    assert [row["fd"] for row in again] == pytest.approx([json.loads(row)["fd"] for row in rows])
+    assert [(row["plan"], row["scale"], row["samples"]) for row in again] == keys
+    assert [row["fd"] for row in again] == pytest.approx([row["fd"] for row in rows])
+    # Two processes make the same rows, each of them once; a plan that another process has is left to it.
+    (out / "sweep.jsonl").write_text(kept)
+    with ExitStack() as held:
+        assert claim(out / "claims" / "zipar-2", held)
+        compare_orders.main([*command, "--only", "sweep", "--jobs", "2"])
+    shared = [json.loads(row) for row in (out / "sweep.jsonl").read_text().splitlines()]
+    wanted = [row for row, key in zip(rows, keys, strict=True) if row in rows[:6] or key[0] != "zipar-2"]
+    assert sorted((row["plan"], row["scale"], row["samples"]) for row in shared) == sorted(
+        (row["plan"], row["scale"], row["samples"]) for row in wanted
+    )
 
     with pytest.raises(SystemExit) as stop:
         compare_orders.main([*command[: command.index("2")], "3", *command[command.index("2") + 1 :]])

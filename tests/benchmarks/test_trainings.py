@@ -36,6 +36,18 @@ def test_a_failure_is_told_and_leaves_the_others_running(tmp_path):
     assert (tmp_path / "done").is_file()
 
 
+@pytest.mark.parametrize(("given", "count", "threads"), [(None, 3, "6"), ("5", 3, "5"), (None, 1, "None")])
+def test_commands_share_the_cores(given, count, threads, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(32))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    show = "import os; print(os.environ.get('OMP_NUM_THREADS'))"
+    run_side_by_side([python(str(number), show, tmp_path) for number in range(count)], per_device=3)
+    assert [(tmp_path / f"{number}.log").read_text().strip() for number in range(count)] == [threads] * count
+
+
 def test_a_stop_reaches_every_command(tmp_path):
     child = (
         "import pathlib, signal, sys, time\n"

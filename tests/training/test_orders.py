@@ -20,7 +20,7 @@ class Stub:
 
     def __init__(self, step=0, epoch=0):
         self.trainer = type("Trainer", (), {"global_step": step})()
-        self.current_epoch = epoch
+        self.epoch = epoch
 
 
 def test_orders_depend_on_seed_epoch_and_image_only():

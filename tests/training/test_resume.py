@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.training.helpers import GENERATOR, TOKENIZER, column, composed, load, run, same
+from vgen.training.checkpointing import AtomicCheckpointIO
 from vgen.training.parts import build_parts
 from vgen.training.settings import resolve
 
@@ -37,6 +40,35 @@ def test_resume_continues_exactly(kind, tokenizer_release, tmp_path):
     for name in ("state_dict", "ema", "optimizer_states"):
         assert same(ends[0][name], ends[1][name]), name
     assert len(column(whole, "train/loss")) == ends[0]["global_step"] == 12
+
+
+@pytest.mark.parametrize("every", ["", "validate=1", "validate=2", "checkpoint=2", "validate=2 checkpoint=2"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stops_inside_an_epoch_change_nothing_that_is_keyed_by_it(every, accumulate, tokenizer_release, tmp_path):
+    # 180 images in batches of 36 are 5 per epoch. Hidden tokens, dropped conditions and dropout are new in each epoch.
+    settings = [*overrides("generator", tokenizer_release), *(f"every.{word}" for word in every.split())]
+    settings += ["task.batch_size=36", "generator=maskgit_digits", "schedule=masked", "schedule.steps=3"]
+    settings += ["task.condition_dropout=0.5", "generator.residual_dropout=0.1", f"task.accumulate={accumulate}"]
+    whole = run(tmp_path / "whole", *settings, "trainer.max_steps=9")
+    for steps in (2, 3, 4, 6, 9):
+        part = run(tmp_path / "part", *settings, f"trainer.max_steps={steps}")
+        assert column(part, "train/loss") == column(whole, "train/loss")[:steps], steps
+    ends = [load(result.checkpoints / "last.ckpt") for result in (whole, part)]
+    for name in ("epoch", "state_dict", "ema", "optimizer_states"):
+        assert same(ends[0][name], ends[1][name]), name
+
+
+def test_the_checkpoint_of_a_finished_run_is_written_once(tokenizer_release, tmp_path, monkeypatch):
+    written = []
+    save = AtomicCheckpointIO.save_checkpoint
+
+    def watched(self, checkpoint, path, storage_options=None):
+        written.append(Path(path).name)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", watched)
+    run(tmp_path / "run", *overrides("generator", tokenizer_release), "trainer.max_steps=2")
+    assert written == ["last.ckpt"]
 
 
 def test_checkpoint_holds_plain_containers(tokenizer_release, tmp_path):

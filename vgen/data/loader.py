@@ -111,6 +111,11 @@ class ResumableLoader:
         """Number of the epoch that the next batch belongs to."""
         return self._epoch + (self._batches >= len(self))
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch of the batch that was handed over last, and its number in it; the same however often a run stopped."""
+        return self._epoch, self._batches - 1
+
     def __iter__(self) -> Iterator[Batch]:
         if self._batches >= len(self):
             self._epoch, self._batches = self._epoch + 1, 0

@@ -73,8 +73,8 @@ class StepCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         over = trainer.should_stop or trainer.global_step >= trainer.max_steps
         if over and trainer.global_step not in (before, self._last_global_step_saved):
-            self._last_global_step_saved = trainer.global_step
-            trainer.save_checkpoint(self._last_path)
+            # As a save of the base class, which otherwise repeats it when training has ended.
+            self._save_checkpoint(trainer, str(self._last_path))
 
 
 def best_checkpoint(folder: Path) -> ModelCheckpoint:

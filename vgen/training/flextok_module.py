@@ -131,7 +131,7 @@ class FlexTokModule(TrainingModule):
         """Mean squared error of the velocity, plus the weighted alignment loss."""
         flow, aligned, ids = self.objective(
             batch,
-            self.current_epoch,
+            self.epoch,
             null_probability=self.null_probability,
             unrounded_probability=self.unrounded_probability,
         )

@@ -163,7 +163,7 @@ class GeneratorModule(TrainingModule):
         """Which samples lose their condition, bool [B], null = none; a function of (seed, epoch, image) only."""
         if self.condition_dropout == 0:
             return None
-        return keyed_uniform(self.seed, _CONDITION_STREAM, self.current_epoch, index) < self.condition_dropout
+        return keyed_uniform(self.seed, _CONDITION_STREAM, self.epoch, index) < self.condition_dropout
 
     def orders(self, index: Tensor, *, share: float, epoch: int) -> Tensor:
         """Raster positions of every order index, int64 [B, N]: random for a share of the samples, else the plan's own.
@@ -185,7 +185,7 @@ class GeneratorModule(TrainingModule):
         random = self.plan.random_order
         if random is None or (share := random.share(self.trainer.global_step)) == 0.0:
             return None
-        return self.orders(index, share=share, epoch=self.current_epoch)
+        return self.orders(index, share=share, epoch=self.epoch)
 
     def hidden(self, index: Tensor, *, epoch: int) -> Tensor | None:
         """Tokens hidden from the network, bool [B, N]; a function of (seed, epoch, image) only; None for plans without.
@@ -211,7 +211,7 @@ class GeneratorModule(TrainingModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Mean cross-entropy in nats per token."""
         ids, order = self.token_ids(batch), self.training_orders(batch["index"])
-        hidden, drop = self.hidden(batch["index"], epoch=self.current_epoch), self.dropped(batch["index"])
+        hidden, drop = self.hidden(batch["index"], epoch=self.epoch), self.dropped(batch["index"])
         options: dict[str, Any] = {"order": order, "drop": drop, "hidden": hidden, "flex": self.flex}
         if self.fused_loss is True or (self.fused_loss == "auto" and self.device.type == "cuda"):
             loss, right = self.fused(ids, self.condition(batch), hidden, options)

@@ -41,7 +41,7 @@ class LatentModule(GeneratorModule):
 
     def token_ids(self, batch: dict[str, Any]) -> Tensor:
         """Latents of a batch, float32 [B, N, C], drawn from the tokenizer's posterior and scaled."""
-        return self.latents(batch, epoch=self.current_epoch)
+        return self.latents(batch, epoch=self.epoch)
 
     def latents(self, batch: dict[str, Any], *, epoch: int) -> Tensor:
         """Latents float32 [B, N, C]; the draw is a function of (seed, epoch, image)."""
@@ -74,7 +74,7 @@ class LatentModule(GeneratorModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Diffusion loss: squared error of the noise plus bits of the variational bound."""
         drop = self.dropped(batch["index"])
-        loss = self.objective(batch, self.token_ids(batch), epoch=self.current_epoch, drop=drop)
+        loss = self.objective(batch, self.token_ids(batch), epoch=self.epoch, drop=drop)
         self.record(loss=loss)
         return loss
 

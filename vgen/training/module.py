@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
+from vgen.data.loader import ResumableLoader
 from vgen.errors import UserError
 from vgen.random import keyed_uniform
 from vgen.training.ema import EMA
@@ -28,7 +29,12 @@ class TrainingModule(pl.LightningModule):
     """Base of the training modules.
 
     Every random number of a step is keyed: by (seed, epoch, batch, rank) for dropout, by (seed, epoch, image) for what
-    must not depend on the number of processes. Resuming therefore needs no generator states.
+    must not depend on the number of processes. Resuming therefore needs no generator states. The epoch is the data
+    loader's, which a checkpoint restores exactly, and not the trainer's counter, which also advances when a run ends
+    in the middle of an epoch.
+
+    Attributes:
+        epoch: number of the epoch that the batch in hand belongs to.
 
     Args:
         network: the network that is trained, averaged and released.
@@ -58,6 +64,7 @@ class TrainingModule(pl.LightningModule):
         self.lr_schedule = lr_schedule
         self.clip = clip
         self.seed = seed
+        self.epoch = 0
         self.save_hyperparameters({"config": config}, logger=False)
         self.ema: EMA | None = None
         if ema_decay > 0:
@@ -143,9 +150,12 @@ class TrainingModule(pl.LightningModule):
             self.ema.match_device()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Set learning rates and key the dropout of this batch."""
+        """Set learning rates, note the epoch and key the dropout of this batch."""
         self.set_learning_rates()
-        key = keyed_uniform(self.seed, _DROPOUT_STREAM, self.current_epoch, batch_idx, self.global_rank)
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, ResumableLoader)
+        self.epoch, number = loader.place
+        key = keyed_uniform(self.seed, _DROPOUT_STREAM, self.epoch, number, self.global_rank)
         self._seed(int(key * 2**48))
 
     def _seed(self, seed: int) -> None:
