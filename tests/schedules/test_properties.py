@@ -45,7 +45,7 @@ def cases(draw):
         options["steps"] = draw(st.one_of(st.none(), st.integers(1, prod(grid))))
         options["num_known"] = draw(st.integers(0, prod(grid) - 1))
         options["order"] = draw(st.sampled_from(["random", "raster"]))
-    elif name == "masked":
+    elif name in ("masked", "masked_random"):
         options["steps"] = draw(st.integers(1, prod(grid)))
         options["ratio"] = draw(st.sampled_from(get_args(Ratio)))
     elif name == "rar" and len(grid) > 1:
@@ -72,7 +72,7 @@ def test_passes_follow_the_closed_forms(case):
     passes, tokens = len(load_plan(name, grid, options).forwards), prod(grid)
     if name in ("raster", "diagonal", "rar"):
         assert passes == tokens
-    elif name == "masked":
+    elif name in ("masked", "masked_random"):
         assert passes == options["steps"]
     elif name == "neighboring":
         assert passes == sum(grid) - len(grid) + 1
