@@ -99,7 +99,7 @@ def test_on_a_gpu_fused_float32_draws_the_tokens_of_eager(plan, batch):
 
 
 @on_gpu
-@pytest.mark.parametrize("batch", [1, 2, 7, 30, 60, 200])
+@pytest.mark.parametrize("batch", [1, 2, 4, 7, 8, 15, 30, 60, 200])
 def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
     plan = raster(grid=(4, 4))
     generator = tiny_generator(plan, dim=768, heads=12).cuda().bfloat16()

@@ -2,7 +2,13 @@
 # mypy: disable-error-code="assignment"
 """Triton kernels: products of a decoding pass of few rows and what stands around them; called by vgen.layers.fused.
 
-Programs ask for their weights before they wait for the kernel in front of theirs (programmatic dependent launch,
+A product is one of three kinds:
+
+- ``BY_ROW``: without matrix units, whole weight tiles in registers; for up to 4 rows.
+- ``HELD``: by matrix products, whole weight tiles in registers.
+- ``STREAMED``: by matrix products, weight tiles come through shared memory, several in flight.
+
+The first two ask for their weights before they wait for the kernel in front of theirs (programmatic dependent launch,
 ``EARLY``), so that the device's memory is busy while the few rows of the stream go from kernel to kernel.
 
 Sums are in float32 and in a fixed order: equal inputs give equal bits.
@@ -11,23 +17,11 @@ Sums are in float32 and in a fixed order: equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from vgen.layers.many_row_kernels import follow, silu_product, write_rotated
+from vgen.layers.many_row_kernels import follow, let_follow, silu_product, wait, write_rotated
 
-
-@triton.jit
-def _prefetch(weight, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr):
-    """Bring the rows ``first`` .. ``first + COLUMNS`` of a weight [N, K] of two-byte numbers into the L2 cache."""
-    rows = tl.minimum(first + tl.arange(0, COLUMNS), N - 1)[:, None]
-    # A line has 64 numbers.
-    lines = tl.minimum(tl.arange(0, LINES) * 64, K - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [(weight + rows * K + lines).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+BY_ROW = tl.constexpr(0)
+HELD = tl.constexpr(1)
+STREAMED = tl.constexpr(2)
 
 
 @triton.jit
@@ -129,6 +123,173 @@ def _partial_sums(weights, values, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _load_tile(
+    base, lines, start, count, COUNTED: tl.constexpr, K: tl.constexpr, INNER: tl.constexpr, DOWN: tl.constexpr
+):
+    """INNER numbers from ``start`` of lines of [count, K]: a tile [lines, INNER], or [INNER, lines] if ``DOWN``."""
+    inner = start + tl.arange(0, INNER)
+    if DOWN:
+        place = base + lines[None, :] * K + inner[:, None]
+        here = (lines < count)[None, :]
+        within = (inner < K)[:, None]
+    else:
+        place = base + lines[:, None] * K + inner[None, :]
+        here = (lines < count)[:, None]
+        within = (inner < K)[None, :]
+    if K % INNER != 0:
+        return tl.load(place, mask=here & within, other=0.0)
+    elif COUNTED:
+        return tl.load(place, mask=here, other=0.0)
+    else:
+        return tl.load(place)
+
+
+@triton.jit
+def _load_scale(scale, start, K: tl.constexpr, INNER: tl.constexpr):
+    """INNER numbers of the learned scale of a norm."""
+    inner = start + tl.arange(0, INNER)
+    if K % INNER == 0:
+        return tl.load(scale + inner)
+    else:
+        return tl.load(scale + inner, mask=inner < K, other=0.0)
+
+
+@triton.jit
+def _scaled(value, factor, DOWN: tl.constexpr):
+    """A tile of x times the learned scale of its norm."""
+    if DOWN:
+        return (value.to(tl.float32) * factor.to(tl.float32)[:, None]).to(value.dtype)
+    else:
+        return (value.to(tl.float32) * factor.to(tl.float32)[None, :]).to(value.dtype)
+
+
+@triton.jit
+def _keep_here(value):
+    """The same two-byte numbers; the compiler does not move what made them behind the way into the matrix units."""
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def _multiply(tile, value, out, TURNED: tl.constexpr):
+    """Add the product of tiles of a weight and of x to ``out``, [COLUMNS, ROWS], or [ROWS, COLUMNS] if ``TURNED``."""
+    if TURNED:
+        return tl.dot(value, tile, out, input_precision="ieee")
+    else:
+        return tl.dot(tile, value, out, input_precision="ieee")
+
+
+@triton.jit
+def _add_squares(value, ones, squares, TURNED: tl.constexpr):
+    """Squares of a tile of x, summed by the product with ``ones`` unless they are None."""
+    wide = value.to(tl.float32)
+    if ones is None:
+        return squares + wide * wide
+    else:
+        return _multiply(ones, (wide * wide).to(tl.bfloat16), squares, TURNED)
+
+
+@triton.jit
+def _matrix_product(
+    x,
+    scale,
+    weight,
+    second,
+    first,
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The kinds of :func:`_product` that run on matrix units; the weight is the second operand if ``TURNED``."""
+    columns = first + tl.arange(0, COLUMNS)
+    index = tl.arange(0, ROWS)
+    # Both operands lie along their inner axis in memory.
+    DOWN: tl.constexpr = not TURNED
+    RAGGED: tl.constexpr = N % COLUMNS != 0
+    if TURNED:
+        out = tl.zeros([ROWS, COLUMNS], tl.float32)
+        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
+    else:
+        out = tl.zeros([COLUMNS, ROWS], tl.float32)
+        gate = tl.zeros([COLUMNS, ROWS], tl.float32)
+    # Squares of x are summed by the matrix units where x is in their layout anyway: another one means bank conflicts.
+    # Those of float16 numbers need the range of float32.
+    BY_UNITS: tl.constexpr = KIND == STREAMED and x.dtype.element_ty == tl.bfloat16
+    ones = None
+    if BY_UNITS and TURNED:
+        ones = tl.full([INNER, 8], 1.0, tl.bfloat16)
+        squares = tl.zeros([ROWS, 8], tl.float32)
+    elif BY_UNITS:
+        ones = tl.full([16, INNER], 1.0, tl.bfloat16)
+        squares = tl.zeros([16, ROWS], tl.float32)
+    elif TURNED:
+        squares = tl.zeros([ROWS, INNER], tl.float32)
+    else:
+        squares = tl.zeros([INNER, ROWS], tl.float32)
+    if KIND == HELD:
+        CHUNKS: tl.constexpr = (K + INNER - 1) // INNER
+        let_follow(EARLY)
+        weights, others, factors = (), (), ()
+        for chunk in tl.static_range(CHUNKS):
+            if SCALED:
+                factors = factors + (_load_scale(scale, chunk * INNER, K, INNER),)
+            weights = weights + (_load_tile(weight, columns, chunk * INNER, N, RAGGED, K, INNER, TURNED),)
+            if GATED:
+                others = others + (_load_tile(second, columns, chunk * INNER, N, RAGGED, K, INNER, TURNED),)
+        wait(EARLY)
+        values = ()
+        for chunk in tl.static_range(min(FLYING, CHUNKS)):
+            values = values + (_load_tile(x, index, chunk * INNER, rows, True, K, INNER, DOWN),)
+        for chunk in tl.static_range(CHUNKS):
+            if chunk + FLYING < CHUNKS:
+                values = values + (_load_tile(x, index, (chunk + FLYING) * INNER, rows, True, K, INNER, DOWN),)
+            value = values[chunk]
+            if NORM:
+                squares = _add_squares(value, ones, squares, TURNED)
+                if SCALED:
+                    value = _scaled(value, factors[chunk], DOWN)
+                    if x.dtype.element_ty == tl.bfloat16:
+                        value = _keep_here(value)
+            out = _multiply(weights[chunk], value, out, TURNED)
+            if GATED:
+                gate = _multiply(others[chunk], value, gate, TURNED)
+    else:
+        follow(EARLY)
+        for start in range(0, K, INNER):
+            value = _load_tile(x, index, start, rows, True, K, INNER, DOWN)
+            tile = _load_tile(weight, columns, start, N, RAGGED, K, INNER, TURNED)
+            if NORM:
+                squares = _add_squares(value, ones, squares, TURNED)
+                if SCALED:
+                    value = _scaled(value, _load_scale(scale, start, K, INNER), DOWN)
+            out = _multiply(tile, value, out, TURNED)
+            if GATED:
+                other = _load_tile(second, columns, start, N, RAGGED, K, INNER, TURNED)
+                gate = _multiply(other, value, gate, TURNED)
+    if not TURNED:
+        out, gate = tl.trans(out), tl.trans(gate)
+    if NORM:
+        # The sums are linear in the row's factor, which is known only now.
+        total = tl.sum(squares, 1 if TURNED else 0)
+        if BY_UNITS:
+            # Every line of the product is the whole sum.
+            total = total / (8 if TURNED else 16)
+        norm = (1.0 / tl.sqrt(total / K + eps))[:, None]
+        out, gate = out * norm, gate * norm
+    return out, gate
+
+
+@triton.jit
 def _product(
     x,
     scale,
@@ -145,19 +306,17 @@ def _product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product of x [rows, K] (or its norm) with rows of a weight [N, K], and of a second one if ``GATED``.
 
-    SPLIT = 0: by row, without tensor cores, weights in registers before x is there. Otherwise: by matrix products, the
-    inner axis split over SPLIT groups of warps.
-
     Returns:
-        Two tensors float32 [ROWS, COLUMNS]; the second is the first again if there is one weight.
+        Two tensors float32 [ROWS, COLUMNS]; the second means nothing if there is one weight.
     """
-    if SPLIT == 0:
+    if KIND == BY_ROW:
         weights = _weight_tiles(weight, first, N, K, COLUMNS, INNER)
         if GATED:
             others = _weight_tiles(second, first, N, K, COLUMNS, INNER)
@@ -171,55 +330,27 @@ def _product(
             out = tl.trans(tl.sum(sums, 1))
             return out, out
     else:
-        if EARLY:
-            _prefetch(weight, first, N, K, COLUMNS, LINES)
-            if GATED:
-                _prefetch(second, first, N, K, COLUMNS, LINES)
-        follow(EARLY)
-        part = (tl.arange(0, SPLIT) * INNER)[:, None, None]
-        index = tl.arange(0, ROWS)[None, :, None]
-        columns = (first + tl.arange(0, COLUMNS))[None, None, :]
-        inner = tl.arange(0, INNER)
-        out = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
-        gate = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
-        squares = tl.zeros([SPLIT, ROWS], tl.float32)
-        for start in range(0, K, SPLIT * INNER):
-            across = start + part + inner[None, None, :]
-            down = start + part + inner[None, :, None]
-            if K % (SPLIT * INNER) == 0:
-                value = tl.load(x + index * K + across, mask=index < rows, other=0.0)
-            else:
-                value = tl.load(x + index * K + across, mask=(index < rows) & (across < K), other=0.0)
-            if NORM:
-                wide = value.to(tl.float32)
-                squares += tl.sum(wide * wide, 2)
-                if SCALED:
-                    if K % (SPLIT * INNER) == 0:
-                        factor = tl.load(scale + across)
-                    else:
-                        factor = tl.load(scale + across, mask=across < K, other=0.0)
-                    value = (wide * factor.to(tl.float32)).to(value.dtype)
-            if N % COLUMNS == 0 and K % (SPLIT * INNER) == 0:
-                tile = tl.load(weight + columns * K + down)
-            else:
-                tile = tl.load(weight + columns * K + down, mask=(columns < N) & (down < K), other=0.0)
-            out = tl.dot(value, tile, out, input_precision="ieee")
-            if GATED:
-                if N % COLUMNS == 0 and K % (SPLIT * INNER) == 0:
-                    tile = tl.load(second + columns * K + down)
-                else:
-                    tile = tl.load(second + columns * K + down, mask=(columns < N) & (down < K), other=0.0)
-                gate = tl.dot(value, tile, gate, input_precision="ieee")
-        total = tl.sum(out, 0)
-        other = total
-        if GATED:
-            other = tl.sum(gate, 0)
-        if NORM:
-            # The sums are linear in the row's factor, which is known only now.
-            norm = (1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps))[:, None]
-            total = total * norm
-            other = other * norm
-        return total, other
+        return _matrix_product(
+            x,
+            scale,
+            weight,
+            second,
+            first,
+            rows,
+            eps,
+            N,
+            K,
+            NORM,
+            SCALED,
+            GATED,
+            ROWS,
+            COLUMNS,
+            INNER,
+            KIND,
+            TURNED,
+            FLYING,
+            EARLY,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
@@ -249,14 +380,33 @@ def project_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Norm, query-key-value projection, rotary code and cache write of few rows."""
     first = tl.program_id(0) * COLUMNS
     sums, _ = _product(
-        x, scale, weight, weight, first, rows, eps, N, K, True, SCALED, False, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        scale,
+        weight,
+        weight,
+        first,
+        rows,
+        eps,
+        N,
+        K,
+        True,
+        SCALED,
+        False,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     write_rotated(
         sums,
@@ -294,14 +444,33 @@ def add_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product and sum of few rows: residual + x W^T."""
     first = tl.program_id(0) * COLUMNS
     sums, _ = _product(
-        x, x, weight, weight, first, rows, 0.0, N, K, False, False, False, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        x,
+        weight,
+        weight,
+        first,
+        rows,
+        0.0,
+        N,
+        K,
+        False,
+        False,
+        False,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
@@ -326,14 +495,33 @@ def gate_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T)."""
     first = tl.program_id(0) * COLUMNS
     a, b = _product(
-        x, scale, weight, second, first, rows, eps, N, K, True, SCALED, True, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        scale,
+        weight,
+        second,
+        first,
+        rows,
+        eps,
+        N,
+        K,
+        True,
+        SCALED,
+        True,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]

@@ -5,11 +5,12 @@ it. Many rows: products by the vendor's library, what lies between them in one k
 """
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,44 +22,110 @@ from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
 
 FEW = 64
-"""Most rows (samples times slots) whose products are our own kernels."""
+"""Most rows (samples times slots) whose products can be our own kernels."""
+_HELD_BYTES = 512  # of weights in the registers of a thread
+_MOST_WARPS = 8
 
-Product = Literal["project", "add", "gate"]
+Product = Literal["project", "wo", "gate", "w2"]
+Kind = Literal["by_row", "held", "streamed"]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product of few rows is cut.
+    """How a product of few rows is cut; the kinds are explained in vgen/layers/few_row_kernels.py.
 
     Attributes:
+        kind: by rows of numbers, or by matrix products with the weight held in registers or streamed.
         columns: rows of the weight per program.
-        inner: numbers of a row that a program, or each of ``split`` groups of its warps, takes at a time.
-        split: groups of warps that share the inner axis of a matrix product; 0 = products by row, whole weight tiles in
-            registers.
+        inner: numbers of a row that a program takes at a time.
         warps: warps per program.
-        stages: tiles in flight.
+        stages: tiles in flight, of the weight if streamed, of x if held.
+        turned: whether the weight is the second operand of a matrix product instead of the first.
+        early: launched before the kernel in front has ended (programmatic dependent launch).
     """
 
+    kind: Kind
     columns: int
     inner: int
-    split: int
     warps: int
     stages: int = 1
+    turned: bool = False
+    early: bool = True
 
 
-_TILES: dict[Product, tuple[tuple[int, Tile], ...]] = {
-    "project": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(32, 64, 2, 4, 4))),
-    "add": ((16, Tile(8, 128, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
-    "gate": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
+Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
+"""Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
+
+_FEWEST = (4, Tile("by_row", 4, 512, 2))
+_tiles: Tiles = {
+    "project": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 16, 256, 4, 4)),
+        (32, Tile("streamed", 16, 256, 4, 3)),
+        (FEW, None),
+    ),
+    "wo": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 8, 256, 4, 4, turned=True)),
+        (32, Tile("held", 16, 256, 4, 2)),
+        (FEW, None),
+    ),
+    "gate": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 16, 256, 4, 4)),
+        (32, Tile("streamed", 16, 256, 4, 3)),
+        (FEW, None),
+    ),
+    "w2": (
+        _FEWEST,
+        (8, Tile("held", 8, 256, 4, 4, turned=True)),
+        (16, Tile("held", 8, 256, 4, 4, turned=True)),
+        (32, Tile("held", 16, 256, 8, 2)),
+        (FEW, None),
+    ),
 }
 
 
-def best_tile(product: Product, rows: int, width: int) -> Tile:
-    """The tile for a number of rows, at most ``FEW``, and an inner axis of ``width`` numbers."""
-    if rows <= 4:
-        # 32 lanes of 4 warps hold 8 neighbours each; registers bound what a thread can hold of a long row.
-        return Tile(8 if width <= 1024 else 4, min(1024, max(8, _power_of_two(width))), 0, 4)
-    return next(tile for most, tile in _TILES[product] if rows <= most)
+def tiles_in_use() -> Tiles:
+    """The table that :func:`best_tile` reads."""
+    return _tiles
+
+
+def use_tiles(tiles: Tiles) -> None:
+    """Replace the table, e.g. by what ``benchmarks.kernels --choose`` found; recorded graphs keep their tiles."""
+    global _tiles
+    _tiles = tiles
+
+
+def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 232448) -> Tile | None:
+    """The tile for a product.
+
+    Args:
+        product: which.
+        rows: samples times slots.
+        width: length of the inner axis.
+        shared_bytes: shared memory that a program can have, by default that of an H100.
+
+    Returns:
+        None = by the vendor's library.
+    """
+    tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
+    if tile is None:
+        return None
+    warps = tile.warps
+    if tile.kind != "streamed":
+        # Registers bound what a thread can hold of long rows, shared memory what a program can.
+        held = tile.columns * width * (4 if product == "gate" else 2)
+        flying = (tile.stages + 1) * max(16, _power_of_two(rows)) * tile.inner * 2
+        while warps < _MOST_WARPS and held > _HELD_BYTES * warps * 32:
+            warps *= 2
+        too_much = held > _HELD_BYTES * warps * 32
+        if tile.kind == "held" and (too_much or held + flying > shared_bytes):
+            tile, warps = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2
+    return replace(tile, warps=warps, inner=min(tile.inner, max(16, _power_of_two(width))))
 
 
 @cache
@@ -139,11 +206,11 @@ def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: in
     batch, fed, _ = x.shape
     keys, values = view.cache.buffer[layer]
     query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
-    if _is_few(x):
-        project_rows(x, norm, attention.wqkv.weight, query, keys, values, view.rope, view.rows)
+    targets = (query, keys, values, view.rope, view.rows)
+    if tile := _tile_for("project", x, attention.wqkv):
+        project_rows(x, norm, attention.wqkv.weight, *targets, tile)
     else:
-        projected = F.linear(norm_many(x, norm)[1], attention.wqkv.weight)
-        rotate_many(projected, query, keys, values, view.rope, view.rows)
+        rotate_many(F.linear(norm_many(x, norm)[1], attention.wqkv.weight), *targets)
     return query.transpose(1, 2)
 
 
@@ -160,18 +227,40 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
     Returns:
         [B, F, dim].
     """
-    if _is_few(x):
-        x = add_rows(seen, attention.wo.weight, x)
-        return add_rows(gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight), feed_forward.w2.weight, x)
-    x, normal = norm_many(x, norm, F.linear(seen, attention.wo.weight))
-    hidden = gate_many(F.linear(normal, feed_forward.merged()))
+    out, gate, down = (
+        _tile_for("wo", x, attention.wo),
+        _tile_for("gate", x, feed_forward.w1),
+        _tile_for("w2", x, feed_forward.w2),
+    )
+    if out:
+        x = add_rows(seen, attention.wo.weight, x, out)
+    elif gate:
+        x = add_product(x, seen, attention.wo.weight)
+    if gate:
+        hidden = gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight, gate)
+    else:
+        x, normal = norm_many(x, norm, None if out else F.linear(seen, attention.wo.weight))
+        hidden = gate_many(F.linear(normal, feed_forward.merged()))
+    if down:
+        return add_rows(hidden, feed_forward.w2.weight, x, down)
+    # The sum behind the attention is nobody else's.
     x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
     return x
 
 
-def _is_few(x: Tensor) -> bool:
+def _tile_for(product: Product, x: Tensor, layer: nn.Linear) -> Tile | None:
     # Wider numbers have no tensor cores that keep their precision.
-    return x.shape[0] * x.shape[1] <= FEW and x.element_size() == 2
+    if x.element_size() != 2:
+        return None
+    shared = {"shared_bytes": _shared_bytes(x.device)} if x.is_cuda else {}
+    return best_tile(product, x.shape[0] * x.shape[1], layer.in_features, **shared)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    # What an older PyTorch does not tell is what every GPU of compute capability 8.0 and newer has.
+    return getattr(properties, "shared_memory_per_block_optin", 101376)
 
 
 def project_rows(
@@ -183,7 +272,7 @@ def project_rows(
     values: Tensor,
     rope: Tensor | None,
     cache_rows: Tensor,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> None:
     """Queries into ``query``, keys and values into a layer of the cache, of few rows.
 
@@ -196,14 +285,12 @@ def project_rows(
         values: like keys.
         rope: see :class:`vgen.layers.attention.View`, like the next.
         cache_rows: int64 [F] or [B, F].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
-    width, dim = weight.shape
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("project", rows, dim)
     _launch(
         _kernels()[0].project_rows,
-        (_ceil(width, tile.columns),),
+        (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
         tile,
@@ -212,18 +299,17 @@ def project_rows(
     )
 
 
-def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = None) -> Tensor:
+def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile) -> Tensor:
     """Sum residual + x W^T of few rows, [B, F, N].
 
     Args:
         x: [B, F, K].
         weight: [N, K].
         residual: [B, F, N].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("add", rows, weight.shape[1])
     _launch(
         _kernels()[0].add_rows,
         (_ceil(len(weight), tile.columns),),
@@ -235,7 +321,7 @@ def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = No
     return out
 
 
-def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile | None = None) -> Tensor:
+def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile) -> Tensor:
     """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
@@ -243,11 +329,10 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
         norm: in front of the products.
         weight: W, [hidden, dim].
         second: V, [hidden, dim].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
     out = x.new_empty(*x.shape[:2], len(weight))
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("gate", rows, weight.shape[1])
     _launch(
         _kernels()[0].gate_rows,
         (_ceil(len(weight), tile.columns),),
@@ -257,6 +342,11 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
         **_sizes(weight, tile, rows, norm=norm),
     )
     return out
+
+
+def add_product(x: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
+    """Sum x + seen W^T by the vendor's library, [B, F, N]."""
+    return torch.addmm(x.reshape(-1, x.shape[-1]), seen.reshape(-1, seen.shape[-1]), weight.t()).view(x.shape)
 
 
 def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -322,7 +412,7 @@ def _launch(
     **constants: Any,
 ) -> None:
     options: dict[str, Any] = {"num_warps": 4} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    early = _comes_early(x.device)
+    early = _comes_early(x.device) and (tile is None or tile.early)
     if early:
         options["launch_pdl"] = True
     with torch.cuda.device_of(x):
@@ -370,11 +460,13 @@ def _sizes(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -
         "N": outer,
         "K": inner,
         **({} if norm is None else {"SCALED": norm.weight is not None}),
-        "ROWS": _power_of_two(rows) if tile.split == 0 else max(16, _power_of_two(rows)),
+        # The axes of a matrix product: 16 numbers of the first operand, 8 of the second.
+        "ROWS": _power_of_two(rows) if tile.kind == "by_row" else max(16 if tile.turned else 8, _power_of_two(rows)),
         "COLUMNS": tile.columns,
         "INNER": tile.inner,
-        "SPLIT": tile.split,
-        "LINES": _power_of_two(_ceil(inner, 64)),
+        "KIND": get_args(Kind).index(tile.kind),
+        "TURNED": tile.turned,
+        "FLYING": tile.stages,
     }
 
 
