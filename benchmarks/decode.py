@@ -26,7 +26,7 @@ from benchmarks.tiles import read_tiles
 from vgen.errors import reported
 from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
-from vgen.layers.fused import use_tiles
+from vgen.layers.tiles import use_tiles
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.settings import Guidance, Sampling

@@ -38,6 +38,7 @@ from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import SwiGLU, swiglu_width
 from vgen.layers.norm import RMSNorm
+from vgen.layers.tiles import FEW, Product, Tile, best_tile, tiles_in_use, use_tiles
 from vgen.runtime import pick_device, pick_dtype
 
 HEADER = "| rows | step | tile | us | TB/s | plain us | times faster | error | plain error |\n" + "|---" * 9 + "|"
@@ -114,8 +115,8 @@ class Step:
     name: str
     weights: int
     plain: Callable[[Case, Block], Tensor]
-    ours: Callable[[Case, Block, fused.Tile | None], Tensor]
-    product: fused.Product | None = None
+    ours: Callable[[Case, Block, Tile | None], Tensor]
+    product: Product | None = None
 
 
 def parts(block: Block) -> tuple[RMSNorm, RMSNorm, SwiGLU]:
@@ -134,7 +135,7 @@ def _plain_project(case: Case, block: Block) -> Tensor:
     return torch.cat([query, window[0], window[1]], 1) if len(case.blocks) == 1 else query
 
 
-def _our_project(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
+def _our_project(case: Case, block: Block, tile: Tile | None) -> Tensor:
     assert case.view.cache is not None
     assert case.view.rows is not None
     attention = block.attention
@@ -156,14 +157,14 @@ def _plain_gate(case: Case, block: Block) -> Tensor:
     return F.silu(feed_forward.w1(normal)) * feed_forward.w3(normal)
 
 
-def _our_gate(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
+def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     _, norm, feed_forward = parts(block)
     if tile:
         return fused.gate_rows(case.x, norm, feed_forward.w1.weight, feed_forward.w3.weight, tile)
     return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
 
 
-def _our_sum(x: Tensor, weight: Tensor, residual: Tensor, tile: fused.Tile | None) -> Tensor:
+def _our_sum(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None) -> Tensor:
     return fused.add_rows(x, weight, residual, tile) if tile else fused.add_product(residual, x, weight)
 
 
@@ -191,7 +192,7 @@ def steps_of(block: Block, rows: int) -> list[Step]:
             "w2",
         ),
     ]
-    return [replace(step, product=None) for step in steps[::2]] if rows > fused.FEW else steps
+    return [replace(step, product=None) for step in steps[::2]] if rows > FEW else steps
 
 
 def seconds_per_layer(case: Case, work: Callable[[Block], Tensor]) -> float:
@@ -217,24 +218,24 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.float() - exact).abs().max() / exact.abs().max())
 
 
-def used_tile(step: Step, case: Case) -> fused.Tile | None:
+def used_tile(step: Step, case: Case) -> Tile | None:
     """What the table in use has for a step."""
     if step.product is None:
         return None
     width = (case.hidden if step.product == "w2" else case.x).shape[-1]
-    return fused.best_tile(step.product, len(case.x), width)
+    return best_tile(step.product, len(case.x), width)
 
 
-def tiles_for(step: Step, case: Case, sweep: bool) -> list[fused.Tile | None]:
+def tiles_for(step: Step, case: Case, sweep: bool) -> list[Tile | None]:
     """The tile in use first; None = the vendor's library."""
     used = used_tile(step, case)
     if step.product is None or not sweep:
         return [used]
-    others: list[fused.Tile | None] = [None, *candidates(step.product, len(case.x))]
+    others: list[Tile | None] = [None, *candidates(step.product, len(case.x))]
     return [used, *(tile for tile in others if tile != used)]
 
 
-def lines_for(case: Case, sweep: bool, chosen: dict[fused.Product, fused.Tile | None]) -> Iterator[str]:
+def lines_for(case: Case, sweep: bool, chosen: dict[Product, Tile | None]) -> Iterator[str]:
     """Table lines of the steps of a pass; the fastest tiles go to ``chosen``."""
     rows = len(case.x)
     one, exact = Case([case.blocks[0]], case.x, case.hidden, case.view), case.exact()
@@ -265,7 +266,7 @@ def lines_for(case: Case, sweep: bool, chosen: dict[fused.Product, fused.Tile | 
             )
 
 
-def _tile_name(tile: fused.Tile) -> str:
+def _tile_name(tile: Tile) -> str:
     marks = (" turned" if tile.turned else "") + ("" if tile.early else " late")
     return f"{tile.kind}{marks} {tile.columns} x {tile.inner}, {tile.warps} warps, {tile.stages} stages"
 
@@ -313,17 +314,17 @@ def layer_line(case: Case, name: str = "") -> tuple[str, float, float]:
     return line, fast, late
 
 
-def swept_layer(case: Case, chosen: dict[fused.Product, fused.Tile | None]) -> Iterator[str]:
+def swept_layer(case: Case, chosen: dict[Product, Tile | None]) -> Iterator[str]:
     """Lines of the layer by the table in use, by the vendor's library and by ``chosen``, which becomes the fastest."""
-    table = fused.tiles_in_use()
+    table = tiles_in_use()
     used = {product: next(tile for most, tile in entries if len(case.x) <= most) for product, entries in table.items()}
-    times: dict[float, dict[fused.Product, fused.Tile | None]] = {}
+    times: dict[float, dict[Product, Tile | None]] = {}
     for name, tiles in (("used", used), ("vendor", dict.fromkeys(used)), ("fastest steps", dict(chosen))):
-        fused.use_tiles({product: ((fused.FEW, tile),) for product, tile in tiles.items()})
+        use_tiles({product: ((FEW, tile),) for product, tile in tiles.items()})
         try:
             line, early, late = layer_line(case, name)
         finally:
-            fused.use_tiles(table)
+            use_tiles(table)
         yield line
         times[late] = {product: tile and replace(tile, early=False) for product, tile in tiles.items()}
         times[early] = tiles
@@ -358,7 +359,7 @@ def make_blocks(size: str, layers: int, device: torch.device, dtype: torch.dtype
 
 
 @torch.inference_mode()
-def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, step: int, tile: fused.Tile) -> None:
+def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, step: int, tile: Tile) -> None:
     case = Case.make(make_blocks(size, 1, device, dtype), rows)
     for each in {tile, replace(tile, early=False)}:
         # What does not compile is reported where it is timed.
@@ -369,7 +370,7 @@ def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, ste
 def compile_ahead(size: str, device: torch.device, dtype: torch.dtype, given: Sequence[int]) -> None:
     """Fill Triton's cache on disk with what a sweep times, many kernels at a time."""
     with ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
-        for rows in (rows for rows in given if rows <= fused.FEW):
+        for rows in (rows for rows in given if rows <= FEW):
             case = Case.make(make_blocks(size, 1, device, dtype), rows)
             for number, step in enumerate(steps_of(case.blocks[0], rows)):
                 for tile in filter(None, tiles_for(step, case, sweep=True)):
@@ -405,10 +406,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             compile_ahead(given.size, device, dtype, given.rows)
             print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
         print(HEADER, flush=True)
-        table: dict[fused.Product, list[tuple[int, fused.Tile | None]]] = {}
+        table: dict[Product, list[tuple[int, Tile | None]]] = {}
         for rows in given.rows:
             case = Case.make(make_blocks(given.size, given.layers, device, dtype), rows)
-            chosen: dict[fused.Product, fused.Tile | None] = {}
+            chosen: dict[Product, Tile | None] = {}
             for line in lines_for(case, given.sweep, chosen):
                 print(line, flush=True)
             if not (given.sweep and chosen):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vgen.errors import UserError
-from vgen.layers.fused import FEW, Product, Tile, Tiles, tiles_in_use
+from vgen.layers.tiles import FEW, Product, Tile, Tiles, tiles_in_use
 
 CLASSES = (4, 8, 16, 32, FEW)
 """Most rows of the classes that have tiles of their own."""

@@ -5,12 +5,10 @@ it. Many rows: products by the vendor's library, what lies between them in one k
 """
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,112 +18,7 @@ from vgen.errors import UserError
 from vgen.layers.attention import Attention, View
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
-
-FEW = 64
-"""Most rows (samples times slots) whose products can be our own kernels."""
-_HELD_BYTES = 512  # of weights in the registers of a thread
-_MOST_WARPS = 8
-
-Product = Literal["project", "wo", "gate", "w2"]
-Kind = Literal["by_row", "held", "streamed"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product of few rows is cut; the kinds are explained in vgen/layers/few_row_kernels.py.
-
-    Attributes:
-        kind: by rows of numbers, or by matrix products with the weight held in registers or streamed.
-        columns: rows of the weight per program.
-        inner: numbers of a row that a program takes at a time.
-        warps: warps per program.
-        stages: tiles in flight, of the weight if streamed, of x if held.
-        turned: whether the weight is the second operand of a matrix product instead of the first.
-        early: launched before the kernel in front has ended (programmatic dependent launch).
-    """
-
-    kind: Kind
-    columns: int
-    inner: int
-    warps: int
-    stages: int = 1
-    turned: bool = False
-    early: bool = True
-
-
-Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
-"""Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
-
-_FEWEST = (4, Tile("by_row", 4, 512, 2))
-_tiles: Tiles = {
-    "project": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 16, 256, 4, 4)),
-        (32, Tile("streamed", 16, 256, 4, 3)),
-        (FEW, None),
-    ),
-    "wo": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 8, 256, 4, 4, turned=True)),
-        (32, Tile("held", 16, 256, 4, 2)),
-        (FEW, None),
-    ),
-    "gate": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 16, 256, 4, 4)),
-        (32, Tile("streamed", 16, 256, 4, 3)),
-        (FEW, None),
-    ),
-    "w2": (
-        _FEWEST,
-        (8, Tile("held", 8, 256, 4, 4, turned=True)),
-        (16, Tile("held", 8, 256, 4, 4, turned=True)),
-        (32, Tile("held", 16, 256, 8, 2)),
-        (FEW, None),
-    ),
-}
-
-
-def tiles_in_use() -> Tiles:
-    """The table that :func:`best_tile` reads."""
-    return _tiles
-
-
-def use_tiles(tiles: Tiles) -> None:
-    """Replace the table, e.g. by what ``benchmarks.kernels --choose`` found; recorded graphs keep their tiles."""
-    global _tiles
-    _tiles = tiles
-
-
-def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 232448) -> Tile | None:
-    """The tile for a product.
-
-    Args:
-        product: which.
-        rows: samples times slots.
-        width: length of the inner axis.
-        shared_bytes: shared memory that a program can have, by default that of an H100.
-
-    Returns:
-        None = by the vendor's library.
-    """
-    tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
-    if tile is None:
-        return None
-    warps = tile.warps
-    if tile.kind != "streamed":
-        # Registers bound what a thread can hold of long rows, shared memory what a program can.
-        held = tile.columns * width * (4 if product == "gate" else 2)
-        flying = (tile.stages + 1) * max(16, _power_of_two(rows)) * tile.inner * 2
-        while warps < _MOST_WARPS and held > _HELD_BYTES * warps * 32:
-            warps *= 2
-        too_much = held > _HELD_BYTES * warps * 32
-        if tile.kind == "held" and (too_much or held + flying > shared_bytes):
-            tile, warps = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2
-    return replace(tile, warps=warps, inner=min(tile.inner, max(16, _power_of_two(width))))
+from vgen.layers.tiles import Kind, Product, Tile, best_tile, power_of_two
 
 
 @cache
@@ -295,7 +188,7 @@ def project_rows(
         (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
         tile,
         **_heads(query, keys, rope),
-        **_sizes(weight, tile, rows, norm=norm),
+        **kernel_constants(weight, tile, rows, norm=norm),
     )
 
 
@@ -316,7 +209,7 @@ def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile) -> Tensor:
         x,
         (x.contiguous(), weight, residual.contiguous(), out, rows),
         tile,
-        **_sizes(weight, tile, rows),
+        **kernel_constants(weight, tile, rows),
     )
     return out
 
@@ -339,7 +232,7 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
         x,
         (x.contiguous(), _scale(norm, x), weight, second, out, rows, norm.eps),
         tile,
-        **_sizes(weight, tile, rows, norm=norm),
+        **kernel_constants(weight, tile, rows, norm=norm),
     )
     return out
 
@@ -364,7 +257,7 @@ def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Te
         ADD=delta is not None,
         SCALED=norm.weight is not None,
         ROWS=1,
-        INNER=_power_of_two(dim),
+        INNER=power_of_two(dim),
     )
     return total, normal
 
@@ -374,7 +267,7 @@ def rotate_many(
 ) -> None:
     """Rotate projections [B, F, (heads + 2 kv_heads) * head_dim]; the rest as in :func:`project_rows`."""
     rows, width = query.shape[0] * query.shape[1], projected.shape[-1]
-    columns = min(1024, _power_of_two(width))
+    columns = min(1024, power_of_two(width))
     _launch(
         _kernels()[1].rotate_many,
         (rows, _ceil(width, columns)),
@@ -390,7 +283,7 @@ def gate_many(both: Tensor) -> Tensor:
     """Product silu(a) b of the halves of [B, F, 2 * hidden]."""
     rows, hidden = both.shape[0] * both.shape[1], both.shape[2] // 2
     out = both.new_empty(*both.shape[:2], hidden)
-    columns = min(1024, _power_of_two(hidden))
+    columns = min(1024, power_of_two(hidden))
     _launch(
         _kernels()[1].gate_many,
         (rows, _ceil(hidden, columns)),
@@ -454,14 +347,15 @@ def _heads(query: Tensor, keys: Tensor, rope: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _sizes(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+def kernel_constants(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+    """What a kernel of few rows is compiled for."""
     outer, inner = weight.shape
     return {
         "N": outer,
         "K": inner,
         **({} if norm is None else {"SCALED": norm.weight is not None}),
         # The axes of a matrix product: 16 numbers of the first operand, 8 of the second.
-        "ROWS": _power_of_two(rows) if tile.kind == "by_row" else max(16 if tile.turned else 8, _power_of_two(rows)),
+        "ROWS": power_of_two(rows) if tile.kind == "by_row" else max(16 if tile.turned else 8, power_of_two(rows)),
         "COLUMNS": tile.columns,
         "INNER": tile.inner,
         "KIND": get_args(Kind).index(tile.kind),
@@ -472,8 +366,3 @@ def _sizes(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()
