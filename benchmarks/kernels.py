@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -369,7 +370,8 @@ def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, ste
 
 def compile_ahead(size: str, device: torch.device, dtype: torch.dtype, given: Sequence[int]) -> None:
     """Fill Triton's cache on disk with what a sweep times, many kernels at a time."""
-    with ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
         for rows in (rows for rows in given if rows <= FEW):
             case = Case.make(make_blocks(size, 1, device, dtype), rows)
             for number, step in enumerate(steps_of(case.blocks[0], rows)):

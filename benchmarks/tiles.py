@@ -34,7 +34,7 @@ def candidates(product: Product, rows: int) -> list[Tile]:
     ]
     if rows <= 16:
         held = [Tile("held", 16, 256, 4, 4), Tile("held", 16, 256, 8, 4), Tile("held", 8, 256, 4, 4, turned=True)]
-        held += [Tile("held", 16, 128, 4, 8)]
+        held += [Tile("held", 16, 128, 4, 8), Tile("held", 16, 256, 2, 4 if rows <= 8 else 2)]
     else:
         held = [Tile("held", 16, 256, 4, 2), Tile("held", 16, 256, 8, 4), Tile("held", 16, 128, 4, 4)]
         streamed += [Tile("streamed", 32, 128, 4, 4), Tile("streamed", 32, 128, 4, 4, turned=True)]

@@ -13,7 +13,7 @@ from tests.paths import ROOT
 from vgen.errors import UserError
 from vgen.layers import fused
 from vgen.layers.mlp import SwiGLU
-from vgen.layers.tiles import Tile, best_tile
+from vgen.layers.tiles import Tile, best_tile, tiles_in_use, use_tiles
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder, pick_engine
 from vgen.sampling.settings import Guidance, Sampling
@@ -142,14 +142,14 @@ def test_on_a_gpu_fused_float32_draws_the_tokens_of_eager(plan, batch):
         assert torch.equal(decoder(labels, **shared), expected)
 
 
-@on_gpu
-@pytest.mark.parametrize("batch", [1, 2, 4, 7, 8, 15, 30, 60, 200])
-def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
+def as_good_as_the_plain_layers(batch):
     plan = raster(grid=(4, 4))
     generator = tiny_generator(plan, dim=768, heads=12).cuda().bfloat16()
     for parameter in generator.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.03)
+        else:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     network = copy.deepcopy(generator).float()
     ids = torch.randint(23, (batch, 16), device="cuda")
     tensors = plan.on(torch.device("cuda"))
@@ -167,3 +167,31 @@ def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
         assert torch.equal(mine, again)
         ours, others = ((logits - best).pow(2).mean().sqrt() for logits in (mine, theirs))
         assert 0 < ours <= 1.3 * others
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 2, 4, 7, 8, 15, 30, 60, 200])
+def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
+    as_good_as_the_plain_layers(batch)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("batch", "tile"),
+    [
+        (5, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 8, 128, 4, 4, turned=True)),
+        (17, Tile("streamed", 16, 128, 2, 4)),
+        (30, Tile("streamed", 8, 128, 2, 5, turned=True, early=False)),
+        (60, Tile("held", 16, 128, 8, 4)),
+        (60, Tile("streamed", 32, 128, 4, 4, turned=True)),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_every_kind_of_tile_is_as_good_as_the_plain_layers(batch, tile):
+    table = tiles_in_use()
+    try:
+        use_tiles({product: ((64, tile),) for product in table})
+        as_good_as_the_plain_layers(batch)
+    finally:
+        use_tiles(table)
