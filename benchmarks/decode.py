@@ -22,9 +22,11 @@ import torch
 
 from benchmarks.cost import Ceilings, decoding_cost, measure_ceilings
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
+from benchmarks.tiles import read_tiles
 from vgen.errors import reported
 from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
+from vgen.layers.tiles import use_tiles
 from vgen.runtime import pick_device, pick_dtype
 from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.settings import Guidance, Sampling
@@ -140,6 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiles", metavar="PATH", help="what benchmarks.kernels --choose wrote, for engine fused")
     parser.add_argument("--json", action="store_true", help="also print every row as JSON")
     return parser.parse_args(arguments)
 
@@ -149,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     with reported():
         device, dtype = pick_device(given.device), pick_dtype(given.dtype)
+        if given.tiles:
+            use_tiles(read_tiles(given.tiles))
         ceilings = measure_ceilings(device, dtype)
         print(
             f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}: "

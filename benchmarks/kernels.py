@@ -1,18 +1,28 @@
 """The kernels of the fused decode path, each against the plain layers.
 
     python -m benchmarks.kernels --rows 2 8 16 32 64 512 1024 4096
-    python -m benchmarks.kernels --rows 2 8 32 64 --sweep
+    python -m benchmarks.kernels --rows 4 8 16 32 64 --sweep --choose tiles.json
 
 Every step is run on the weights of many layers one after the other, recorded as a CUDA graph, so that the weights come
 from the device's memory and launches cost what they cost in a decoding. ``us`` is the time per layer, ``TB/s`` counts
 the weights alone, ``error`` is the largest difference from the same step in float32, as a share of the largest number.
-``layer`` is a block without its attention, the last column without early launch. ``--sweep`` times other tiles too.
+``layer`` is a block without its attention, the last column without early launch. ``--sweep`` times other tiles too and
+the vendor's library; the layer is then the one of the best of them. ``--choose`` writes the best as a table of tiles.
 """
 
 import argparse
 import copy
+import math
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -21,45 +31,21 @@ from torch.nn import functional as F
 
 from benchmarks.cost import median_seconds
 from benchmarks.networks import SIZES
-from vgen.errors import reported
+from benchmarks.tiles import candidates, class_of, write_tiles
+from vgen.errors import UserError, reported
 from vgen.generators.block import Block, BlockShape
 from vgen.layers import fused
 from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import SwiGLU, swiglu_width
 from vgen.layers.norm import RMSNorm
+from vgen.layers.tiles import FEW, Product, Tile, best_tile, tiles_in_use, use_tiles
 from vgen.runtime import pick_device, pick_dtype
 
 HEADER = "| rows | step | tile | us | TB/s | plain us | times faster | error | plain error |\n" + "|---" * 9 + "|"
 CACHE_ROWS = 64
-SWEEP = {  # most rows: tiles
-    4: [
-        fused.Tile(8, 1024, 0, 4),
-        fused.Tile(4, 1024, 0, 4),
-        fused.Tile(4, 512, 0, 2),
-        fused.Tile(8, 2048, 0, 8),
-        fused.Tile(8, 128, 4, 4, 4),
-        fused.Tile(16, 64, 4, 4, 4),
-    ],
-    16: [
-        fused.Tile(8, 128, 4, 4, 4),
-        fused.Tile(8, 64, 4, 4, 4),
-        fused.Tile(16, 64, 4, 4, 4),
-        fused.Tile(16, 64, 8, 8, 3),
-    ],
-    32: [
-        fused.Tile(8, 64, 4, 4, 4),
-        fused.Tile(16, 64, 4, 4, 4),
-        fused.Tile(16, 64, 8, 8, 3),
-        fused.Tile(32, 64, 2, 4, 4),
-    ],
-    64: [
-        fused.Tile(16, 64, 4, 4, 3),
-        fused.Tile(32, 64, 2, 4, 4),
-        fused.Tile(32, 64, 4, 8, 3),
-        fused.Tile(32, 32, 4, 4, 4),
-    ],
-}
+WRONG = 0.02  # error of half precision that is not rounding
+WORKERS = 12  # processes that compile
 
 
 @dataclass
@@ -123,15 +109,15 @@ class Step:
         name: for the table.
         weights: numbers in the weights it reads.
         plain: by the plain layers.
-        ours: by the kernels; the tile is None for those that have none.
-        tiled: whether it takes a tile.
+        ours: by the kernels; the tile is None for the vendor's library.
+        product: its name in the table of tiles; None = it takes no tile.
     """
 
     name: str
     weights: int
     plain: Callable[[Case, Block], Tensor]
-    ours: Callable[[Case, Block, fused.Tile | None], Tensor]
-    tiled: bool = True
+    ours: Callable[[Case, Block, Tile | None], Tensor]
+    product: Product | None = None
 
 
 def parts(block: Block) -> tuple[RMSNorm, RMSNorm, SwiGLU]:
@@ -150,24 +136,19 @@ def _plain_project(case: Case, block: Block) -> Tensor:
     return torch.cat([query, window[0], window[1]], 1) if len(case.blocks) == 1 else query
 
 
-def _our_project(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
+def _our_project(case: Case, block: Block, tile: Tile | None) -> Tensor:
     assert case.view.cache is not None
     assert case.view.rows is not None
     attention = block.attention
     query = case.x.new_empty(len(case.x), 1, attention.heads, attention.head_dim)
     targets = (query, *case.view.cache.buffer[0], case.view.rope, case.view.rows)
-    fused.project_rows(case.x, parts(block)[0], attention.wqkv.weight, *targets, tile)
-    return _with_cache(case, query)
-
-
-def _our_rotate(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
-    return _with_cache(case, fused.before(case.x, parts(block)[0], block.attention, case.view, 0).transpose(1, 2))
-
-
-def _with_cache(case: Case, query: Tensor) -> Tensor:
+    norm, weight = parts(block)[0], attention.wqkv.weight
+    if tile:
+        fused.project_rows(case.x, norm, weight, *targets, tile)
+    else:
+        fused.rotate_many(F.linear(fused.norm_many(case.x, norm)[1], weight), *targets)
     if len(case.blocks) > 1:
         return query
-    assert case.view.cache is not None
     return torch.cat([query.transpose(1, 2), *case.view.cache.window(0, 5, 1)], 1)
 
 
@@ -177,14 +158,15 @@ def _plain_gate(case: Case, block: Block) -> Tensor:
     return F.silu(feed_forward.w1(normal)) * feed_forward.w3(normal)
 
 
-def _our_gate(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
+def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     _, norm, feed_forward = parts(block)
-    return fused.gate_rows(case.x, norm, feed_forward.w1.weight, feed_forward.w3.weight, tile)
-
-
-def _many_gate(case: Case, block: Block, tile: fused.Tile | None) -> Tensor:
-    _, norm, feed_forward = parts(block)
+    if tile:
+        return fused.gate_rows(case.x, norm, feed_forward.w1.weight, feed_forward.w3.weight, tile)
     return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
+
+
+def _our_sum(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None) -> Tensor:
+    return fused.add_rows(x, weight, residual, tile) if tile else fused.add_product(residual, x, weight)
 
 
 def steps_of(block: Block, rows: int) -> list[Step]:
@@ -193,27 +175,25 @@ def steps_of(block: Block, rows: int) -> list[Step]:
     project, out, first, second = (
         layer.weight.numel() for layer in (block.attention.wqkv, block.attention.wo, feed_forward.w1, feed_forward.w2)
     )
-    if rows > fused.FEW:
-        return [
-            Step("norm, project, rotate", project, _plain_project, _our_rotate, tiled=False),
-            Step("norm, product, gate", 2 * first, _plain_gate, _many_gate, tiled=False),
-        ]
-    return [
-        Step("project", project, _plain_project, _our_project),
+    steps = [
+        Step("project", project, _plain_project, _our_project, "project"),
         Step(
             "add (wo)",
             out,
             lambda case, block: case.x + block.attention.wo(case.x),
-            lambda case, block, tile: fused.add_rows(case.x, block.attention.wo.weight, case.x, tile),
+            lambda case, block, tile: _our_sum(case.x, block.attention.wo.weight, case.x, tile),
+            "wo",
         ),
-        Step("gate", 2 * first, _plain_gate, _our_gate),
+        Step("gate", 2 * first, _plain_gate, _our_gate, "gate"),
         Step(
             "add (w2)",
             second,
             lambda case, block: case.x + parts(block)[2].w2(case.hidden),
-            lambda case, block, tile: fused.add_rows(case.hidden, parts(block)[2].w2.weight, case.x, tile),
+            lambda case, block, tile: _our_sum(case.hidden, parts(block)[2].w2.weight, case.x, tile),
+            "w2",
         ),
     ]
+    return [replace(step, product=None) for step in steps[::2]] if rows > FEW else steps
 
 
 def seconds_per_layer(case: Case, work: Callable[[Block], Tensor]) -> float:
@@ -239,75 +219,164 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.float() - exact).abs().max() / exact.abs().max())
 
 
-def tiles_for(step: Step, rows: int, sweep: bool) -> list[fused.Tile | None]:
-    """None stands for the tile that is used."""
-    if not (step.tiled and sweep):
-        return [None]
-    return [None, *next(tiles for most, tiles in SWEEP.items() if rows <= most)]
+def used_tile(step: Step, case: Case) -> Tile | None:
+    """What the table in use has for a step."""
+    if step.product is None:
+        return None
+    width = (case.hidden if step.product == "w2" else case.x).shape[-1]
+    return best_tile(step.product, len(case.x), width)
 
 
-def lines_for(case: Case, rows: int, sweep: bool) -> Iterator[str]:
-    """Table lines of the steps of a number of rows."""
+def tiles_for(step: Step, case: Case, sweep: bool) -> list[Tile | None]:
+    """The tile in use first; None = the vendor's library."""
+    used = used_tile(step, case)
+    if step.product is None or not sweep:
+        return [used]
+    others: list[Tile | None] = [None, *candidates(step.product, len(case.x))]
+    return [used, *(tile for tile in others if tile != used)]
+
+
+def lines_for(case: Case, sweep: bool, chosen: dict[Product, Tile | None]) -> Iterator[str]:
+    """Table lines of the steps of a pass; the fastest tiles go to ``chosen``."""
+    rows = len(case.x)
     one, exact = Case([case.blocks[0]], case.x, case.hidden, case.view), case.exact()
     size = case.x.element_size()
     for step in steps_of(case.blocks[0], rows):
         best = step.plain(exact, exact.blocks[0])
         plain_error = error(step.plain(one, one.blocks[0]), best)
         plain = seconds_per_layer(case, lambda block, step=step: step.plain(case, block))
-        for tile in tiles_for(step, rows, sweep):
-            name = "" if not step.tiled else "used" if tile is None else _tile_name(tile)
-            start = f"| {rows} | {step.name} | {name} |"
+        fastest = math.inf
+        for number, tile in enumerate(tiles_for(step, case, sweep)):
+            name = "vendor" if tile is None else _tile_name(tile)
+            start = f"| {rows} | {step.name} | {'used: ' if number == 0 else ''}{name} |"
             try:
                 off = error(step.ours(one, one.blocks[0], tile), best)
                 ours = seconds_per_layer(case, lambda block, step=step, tile=tile: step.ours(case, block, tile))
             except Exception as failure:
                 # A tile that does not fit the device is a result of the sweep, not its end.
-                if tile is None or "out of resource" not in str(failure):
+                if not sweep or "out of resource" not in str(failure):
                     raise
                 yield f"{start} does not fit |"
                 continue
+            # A tile that is wrong is no candidate, however fast.
+            if ours < fastest and off <= max(2 * plain_error, WRONG) and step.product:
+                fastest, chosen[step.product] = ours, tile
             yield (
                 f"{start} {ours * 1e6:.2f} | {step.weights * size / ours / 1e12:.2f} | {plain * 1e6:.2f} "
                 f"| {plain / ours:.2f} | {off:.1e} | {plain_error:.1e} |"
             )
 
 
-def _tile_name(tile: fused.Tile) -> str:
-    return f"{tile.columns} x {tile.inner}, split {tile.split}, {tile.warps} warps, {tile.stages} stages"
+def _tile_name(tile: Tile) -> str:
+    marks = (" turned" if tile.turned else "") + ("" if tile.early else " late")
+    return f"{tile.kind}{marks} {tile.columns} x {tile.inner}, {tile.warps} warps, {tile.stages} stages"
 
 
-def layer_line(case: Case, rows: int) -> str:
-    """Table line of whole blocks without their attention, each fed by the one in front."""
+def _chain(case: Case, step: Callable[[Block, Tensor], Tensor]) -> float:
+    """Time per layer of a step whose results are the next one's inputs."""
+    state = [case.x]
 
-    def chain(step: Callable[[Block, Tensor], Tensor]) -> float:
-        state = [case.x]
+    def work(block: Block) -> Tensor:
+        if block is case.blocks[0]:
+            state[0] = case.x.clone()
+        state[0] = step(block, state[0])
+        return state[0]
 
-        def work(block: Block) -> Tensor:
-            if block is case.blocks[0]:
-                state[0] = case.x.clone()
-            state[0] = step(block, state[0])
-            return state[0]
+    return seconds_per_layer(case, work)
 
-        return seconds_per_layer(case, work)
 
-    def plain(block: Block, x: Tensor) -> Tensor:
-        assert case.view.cache is not None
-        query, _, _ = block.before(x, case.view.rope, (), case.view.cache.window(0, 5, 1))
-        return block.behind(x, query.transpose(1, 2).flatten(2), ())
+def our_layer(case: Case) -> float:
+    """Time of a block without its attention by the tiles in use."""
 
     def ours(block: Block, x: Tensor) -> Tensor:
         first, second, feed_forward = parts(block)
         query = fused.before(x, first, block.attention, case.view, 0)
         return fused.behind(x, query.transpose(1, 2).flatten(2), second, block.attention, feed_forward)
 
-    slow, fast = chain(plain), chain(ours)
+    return _chain(case, ours)
+
+
+def layer_line(case: Case, name: str = "") -> tuple[str, float, float]:
+    """Table line of whole blocks without their attention, each fed by the one in front; times early and late."""
+
+    def plain(block: Block, x: Tensor) -> Tensor:
+        assert case.view.cache is not None
+        query, _, _ = block.before(x, case.view.rope, (), case.view.cache.window(0, 5, 1))
+        return block.behind(x, query.transpose(1, 2).flatten(2), ())
+
+    slow, fast = _chain(case, plain), our_layer(case)
     with patch.object(fused, "_comes_early", lambda device: False):
-        late = chain(ours)
+        late = our_layer(case)
     weights = sum(p.numel() for p in case.blocks[0].parameters() if p.dim() == 2) * case.x.element_size()
-    return (
-        f"| {rows} | layer | | {fast * 1e6:.2f} | {weights / fast / 1e12:.2f} | {slow * 1e6:.2f} | {slow / fast:.2f} "
-        f"| not launched early: | {late * 1e6:.2f} us |"
+    line = (
+        f"| {len(case.x)} | layer | {name} | {fast * 1e6:.2f} | {weights / fast / 1e12:.2f} | {slow * 1e6:.2f} "
+        f"| {slow / fast:.2f} | not launched early: | {late * 1e6:.2f} us |"
     )
+    return line, fast, late
+
+
+def swept_layer(case: Case, chosen: dict[Product, Tile | None]) -> Iterator[str]:
+    """Lines of the layer by the table in use, by the vendor's library and by ``chosen``, which becomes the fastest."""
+    table = tiles_in_use()
+    used = {product: next(tile for most, tile in entries if len(case.x) <= most) for product, entries in table.items()}
+    times: dict[float, dict[Product, Tile | None]] = {}
+    for name, tiles in (("used", used), ("vendor", dict.fromkeys(used)), ("fastest steps", dict(chosen))):
+        use_tiles({product: ((FEW, tile),) for product, tile in tiles.items()})
+        try:
+            line, early, late = layer_line(case, name)
+        finally:
+            use_tiles(table)
+        yield line
+        times[late] = {product: tile and replace(tile, early=False) for product, tile in tiles.items()}
+        times[early] = tiles
+    chosen.update(times[min(times)])
+
+
+@cache
+def make_blocks(size: str, layers: int, device: torch.device, dtype: torch.dtype) -> list[Block]:
+    """Blocks of random weights."""
+    dim, _, heads = SIZES[size]
+    shape = BlockShape(
+        dim=dim,
+        heads=heads,
+        kv_heads=heads,
+        ffn="swiglu",
+        ffn_hidden=swiglu_width(dim),
+        norm="rms",
+        norm_eps=1e-5,
+        norm_affine=True,
+        norm_position="pre",
+        bias=False,
+        qkv_bias=None,
+        qk_norm=None,
+        modulated=False,
+        attention_dropout=0.0,
+        residual_dropout=0.0,
+        ffn_dropout=0.0,
+        ffn_inner_dropout=None,
+    )
+    with torch.inference_mode(False), torch.device(device):
+        return [Block(shape, drop_path=0.0).to(dtype).eval().requires_grad_(False) for _ in range(layers)]
+
+
+@torch.inference_mode()
+def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, step: int, tile: Tile) -> None:
+    case = Case.make(make_blocks(size, 1, device, dtype), rows)
+    for each in {tile, replace(tile, early=False)}:
+        # What does not compile is reported where it is timed.
+        with suppress(Exception):
+            steps_of(case.blocks[0], rows)[step].ours(case, case.blocks[0], each)
+
+
+def compile_ahead(size: str, device: torch.device, dtype: torch.dtype, given: Sequence[int]) -> None:
+    """Fill Triton's cache on disk with what a sweep times, many kernels at a time."""
+    context = multiprocessing.get_context("spawn")
+    with suppress(BrokenProcessPool), ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
+        for rows in (rows for rows in given if rows <= FEW):
+            case = Case.make(make_blocks(size, 1, device, dtype), rows)
+            for number, step in enumerate(steps_of(case.blocks[0], rows)):
+                for tile in filter(None, tiles_for(step, case, sweep=True)):
+                    pool.submit(_compile, size, device, dtype, rows, number, tile)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -316,7 +385,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="L")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 16, 32, 64, 512, 1024, 4096])
     parser.add_argument("--layers", type=int, default=48, help="weights that are read one after the other")
-    parser.add_argument("--sweep", action="store_true", help="time other tiles too")
+    parser.add_argument("--sweep", action="store_true", help="time other tiles and the vendor's library too")
+    parser.add_argument("--choose", type=Path, metavar="PATH", help="write the best of a sweep as a table of tiles")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="auto")
     return parser.parse_args(arguments)
@@ -327,37 +397,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table, a line as soon as it is known."""
     given = parse(arguments)
     with reported():
+        if given.choose and not given.sweep:
+            raise UserError("--choose writes the best of a sweep; add --sweep")
         device, dtype = pick_device(given.device), pick_dtype(given.dtype)
         fused.check_available(device)
-        dim, _, heads = SIZES[given.size]
-        shape = BlockShape(
-            dim=dim,
-            heads=heads,
-            kv_heads=heads,
-            ffn="swiglu",
-            ffn_hidden=swiglu_width(dim),
-            norm="rms",
-            norm_eps=1e-5,
-            norm_affine=True,
-            norm_position="pre",
-            bias=False,
-            qkv_bias=None,
-            qk_norm=None,
-            modulated=False,
-            attention_dropout=0.0,
-            residual_dropout=0.0,
-            ffn_dropout=0.0,
-            ffn_inner_dropout=None,
-        )
-        with torch.inference_mode(False), torch.device(device):
-            blocks = [Block(shape, drop_path=0.0).to(dtype).eval().requires_grad_(False) for _ in range(given.layers)]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        print(f"{name}, torch {torch.__version__}, size {given.size}, {dtype}\n{HEADER}", flush=True)
+        print(f"{name}, torch {torch.__version__}, size {given.size}, {dtype}", flush=True)
+        if given.sweep and device.type == "cuda":
+            start = time.perf_counter()
+            compile_ahead(given.size, device, dtype, given.rows)
+            print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        print(HEADER, flush=True)
+        table: dict[Product, list[tuple[int, Tile | None]]] = {}
         for rows in given.rows:
-            case = Case.make(blocks, rows)
-            for line in lines_for(case, rows, given.sweep):
+            case = Case.make(make_blocks(given.size, given.layers, device, dtype), rows)
+            chosen: dict[Product, Tile | None] = {}
+            for line in lines_for(case, given.sweep, chosen):
                 print(line, flush=True)
-            print(layer_line(case, rows), flush=True)
+            if not (given.sweep and chosen):
+                print(layer_line(case)[0], flush=True)
+                continue
+            for line in swept_layer(case, chosen):
+                print(line, flush=True)
+            for product, tile in chosen.items():
+                table.setdefault(product, []).append((class_of(rows), tile))
+            if given.choose:
+                write_tiles(given.choose, table)
 
 
 if __name__ == "__main__":

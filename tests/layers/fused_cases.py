@@ -10,12 +10,15 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import kernels as kernel_benchmark
+from benchmarks.tiles import candidates, read_tiles
 from tests.generators.helpers import tiny_generator
+from vgen.errors import UserError
 from vgen.generators.block import Block
 from vgen.layers import fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
 from vgen.layers.norm import RMSNorm
+from vgen.layers.tiles import Tile, best_tile, tiles_in_use, use_tiles
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder
 from vgen.sampling.settings import Guidance, Sampling
@@ -25,8 +28,15 @@ from vgen.schedules.raster import raster
 from vgen.schedules.zipar import zipar
 
 ROWS = [(1, torch.float32), (2, torch.float16), (3, torch.float16), (4, torch.float32), (7, torch.float16)]
-ROWS += [(33, torch.float32)]
-TILES = {"rows": fused.Tile(4, 32, 0, 4), "split": fused.Tile(8, 16, 2, 4, 2), "whole": fused.Tile(16, 32, 1, 4, 2)}
+ROWS += [(5, torch.float16), (8, torch.float16), (16, torch.float32), (17, torch.float16), (32, torch.float16)]
+ROWS += [(33, torch.float32), (64, torch.float16)]
+TILES = [
+    Tile("by_row", 4, 32, 4),
+    Tile("held", 16, 32, 4, 1),
+    Tile("held", 8, 16, 4, 2, turned=True),
+    Tile("streamed", 16, 16, 2, 3),
+    Tile("streamed", 8, 32, 4, 3, turned=True),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +60,7 @@ def assert_as_good(got, plain, exact):
 
 
 def tiles(rows):
-    return [tile for tile in TILES.values() if tile.split or rows <= 4]
+    return [tile for tile in TILES if tile.kind != "by_row" or rows <= 4]
 
 
 @pytest.mark.parametrize(("rows", "dtype"), ROWS)
@@ -249,6 +259,56 @@ def test_the_benchmark_prints_a_line_per_step(capsys):
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 65 "))]
     assert [line[2].strip() for line in lines] == [
         *("project", "add (wo)", "gate", "add (w2)", "layer"),
-        *("norm, project, rotate", "norm, product, gate", "layer"),
+        *("project", "gate", "layer"),
     ]
     assert all(float(line[8]) < 3e-3 for line in lines if "layer" not in line[2])
+
+
+def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
+    path, table = tmp_path / "tiles.json", tiles_in_use()
+    # The interpreter takes a second for three tiles.
+    monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:2])
+    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
+    kernel_benchmark.main([*tiny, "--rows", "3", "7", "--sweep", "--choose", str(path)])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 3 ", "| 7 "))]
+    errors = [float(line[8]) for line in lines if line[2].strip() != "layer"]
+    assert len(errors) > 20
+    assert max(errors) < 3e-3
+    assert tiles_in_use() is table
+    try:
+        use_tiles(read_tiles(path))
+        for product, entries in tiles_in_use().items():
+            assert [most for most, _ in entries] == [4, 8, 16, 32, 64]
+            assert entries[2:] == table[product][2:]
+            assert entries[0][1] in [None, table[product][0][1], *candidates(product, 3)]
+            assert entries[1][1] in [None, table[product][1][1], *candidates(product, 7)]
+    finally:
+        use_tiles(table)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="not a table of tiles"):
+        read_tiles(path)
+
+
+@pytest.mark.parametrize("vendor", [("project", "gate"), ("wo", "w2"), ("wo",), ("gate",), ("w2",)], ids="-".join)
+def test_products_by_the_library_mix_with_our_own(vendor):
+    block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
+    x, seen = (torch.randn(5, 1, 32).half() for _ in range(2))
+    given = x.clone()
+    expected = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
+    table = tiles_in_use()
+    try:
+        use_tiles(table | {product: ((64, None),) for product in vendor})
+        mixed = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
+    finally:
+        use_tiles(table)
+    torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)
+    assert torch.equal(x, given)
+
+
+def test_long_rows_get_tiles_that_fit():
+    assert best_tile("w2", 16, 2816).kind == "held"
+    assert best_tile("w2", 16, 8704).kind == "streamed"
+    assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "streamed"
+    assert best_tile("gate", 2, 1024).warps < best_tile("gate", 2, 4096).warps
+    assert best_tile("wo", 5, 40).inner == 64
+    assert best_tile("wo", 65, 40) is None

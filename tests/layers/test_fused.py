@@ -13,6 +13,7 @@ from tests.paths import ROOT
 from vgen.errors import UserError
 from vgen.layers import fused
 from vgen.layers.mlp import SwiGLU
+from vgen.layers.tiles import Tile, best_tile, tiles_in_use, use_tiles
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder, pick_engine
 from vgen.sampling.settings import Guidance, Sampling
@@ -82,6 +83,49 @@ def test_the_engine_that_auto_stands_for(monkeypatch):
         fused.why_not.cache_clear()
 
 
+SHAPES = {"project": (3072, 1024), "wo": (1024, 1024), "gate": (2816, 1024), "w2": (1024, 2816)}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("product", SHAPES)
+@pytest.mark.parametrize("rows", [2, 8, 16, 32, 64])
+def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from vgen.layers import few_row_kernels
+
+    outer, inner = SHAPES[product]
+    tile = best_tile(product, rows, inner) or Tile("streamed", 16, 256, 4, 3)
+    kernel = {"project": few_row_kernels.project_rows, "gate": few_row_kernels.gate_rows}.get(
+        product, few_row_kernels.add_rows
+    )
+    constants = fused.kernel_constants(torch.empty(outer, inner, device="meta"), tile, rows) | {"EARLY": True}
+    constants |= {"SCALED": True, "HEADS": 16, "KV_HEADS": 16, "HEAD_DIM": 64, "ROPE": True}
+    names = kernel.arg_names
+    constants = {name: value for name, value in constants.items() if name in names}
+    kinds = {"rope": "*fp32", "cache_rows": "*i64", "eps": "fp32"}
+    kinds |= dict.fromkeys(("rows", "fed", "rope_batch", "rows_batch", "cache_batch", "cache_head"), "i32")
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names}
+    even = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name not in constants and name not in ("rows", "fed", "rows_batch", "eps")
+    }
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, even)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    code = compiled.asm["ptx"]
+    assert ("mma.sync" in code) == (tile.kind != "by_row")
+    assert ("cp.async.cg.shared.global" if tile.kind == "streamed" else "ld.global.v4.b32") in code
+    assert compiled.metadata.shared <= 232448
+    (tmp_path / "kernel.ptx").write_text(code)
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", os.devnull, "kernel.ptx"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
+
+
 @on_gpu
 @pytest.mark.parametrize("plan", [raster(grid=(4, 4)), neighboring(grid=(4, 4))], ids=["raster", "neighboring"])
 @pytest.mark.parametrize("batch", [1, 40])
@@ -98,14 +142,14 @@ def test_on_a_gpu_fused_float32_draws_the_tokens_of_eager(plan, batch):
         assert torch.equal(decoder(labels, **shared), expected)
 
 
-@on_gpu
-@pytest.mark.parametrize("batch", [1, 2, 7, 30, 60, 200])
-def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
+def as_good_as_the_plain_layers(batch):
     plan = raster(grid=(4, 4))
     generator = tiny_generator(plan, dim=768, heads=12).cuda().bfloat16()
     for parameter in generator.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.03)
+        else:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
     network = copy.deepcopy(generator).float()
     ids = torch.randint(23, (batch, 16), device="cuda")
     tensors = plan.on(torch.device("cuda"))
@@ -123,3 +167,31 @@ def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
         assert torch.equal(mine, again)
         ours, others = ((logits - best).pow(2).mean().sqrt() for logits in (mine, theirs))
         assert 0 < ours <= 1.3 * others
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 2, 4, 7, 8, 15, 30, 60, 200])
+def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
+    as_good_as_the_plain_layers(batch)
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    ("batch", "tile"),
+    [
+        (5, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 8, 128, 4, 4, turned=True)),
+        (17, Tile("streamed", 16, 128, 2, 4)),
+        (30, Tile("streamed", 8, 128, 2, 5, turned=True, early=False)),
+        (60, Tile("held", 16, 128, 8, 4)),
+        (60, Tile("streamed", 32, 128, 4, 4, turned=True)),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_every_kind_of_tile_is_as_good_as_the_plain_layers(batch, tile):
+    table = tiles_in_use()
+    try:
+        use_tiles({product: ((64, tile),) for product in table})
+        as_good_as_the_plain_layers(batch)
+    finally:
+        use_tiles(table)

@@ -155,7 +155,14 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
 @compiled
 @pytest.mark.parametrize(
     ("rows", "shared", "queries", "warps", "stages", "biased"),
-    [(64, 1, 16, 2, 3, False), (64, 1, 32, 4, 3, True), (128, 1, 16, 8, 3, False), (16, 4, 16, 2, 2, False)],
+    [
+        (64, 1, 16, 2, 3, False),
+        (64, 1, 32, 4, 3, True),
+        (128, 1, 16, 8, 3, False),
+        (128, 1, 32, 4, 3, False),
+        (16, 4, 16, 2, 2, False),
+        (16, 1, 32, 1, 2, False),
+    ],
 )
 def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased):
     from triton.backends.compiler import GPUTarget

@@ -2,7 +2,13 @@
 # mypy: disable-error-code="assignment"
 """Triton kernels: products of a decoding pass of few rows and what stands around them; called by vgen.layers.fused.
 
-Programs ask for their weights before they wait for the kernel in front of theirs (programmatic dependent launch,
+A product is one of three kinds:
+
+- ``BY_ROW``: without matrix units, whole weight tiles in registers; for up to 4 rows.
+- ``HELD``: by matrix products, all weight tiles asked for at once.
+- ``STREAMED``: by matrix products, some weight tiles in flight at a time.
+
+The first two ask for their weights before they wait for the kernel in front of theirs (programmatic dependent launch,
 ``EARLY``), so that the device's memory is busy while the few rows of the stream go from kernel to kernel.
 
 Sums are in float32 and in a fixed order: equal inputs give equal bits.
@@ -12,22 +18,9 @@ import triton
 import triton.language as tl
 
 from vgen.layers.many_row_kernels import follow, silu_product, write_rotated
+from vgen.layers.matrix_product_kernels import matrix_product
 
-
-@triton.jit
-def _prefetch(weight, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, LINES: tl.constexpr):
-    """Bring the rows ``first`` .. ``first + COLUMNS`` of a weight [N, K] of two-byte numbers into the L2 cache."""
-    rows = tl.minimum(first + tl.arange(0, COLUMNS), N - 1)[:, None]
-    # A line has 64 numbers.
-    lines = tl.minimum(tl.arange(0, LINES) * 64, K - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [(weight + rows * K + lines).to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+BY_ROW = tl.constexpr(0)
 
 
 @triton.jit
@@ -145,19 +138,17 @@ def _product(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product of x [rows, K] (or its norm) with rows of a weight [N, K], and of a second one if ``GATED``.
 
-    SPLIT = 0: by row, without tensor cores, weights in registers before x is there. Otherwise: by matrix products, the
-    inner axis split over SPLIT groups of warps.
-
     Returns:
-        Two tensors float32 [ROWS, COLUMNS]; the second is the first again if there is one weight.
+        Two tensors float32 [ROWS, COLUMNS]; the second means nothing if there is one weight.
     """
-    if SPLIT == 0:
+    if KIND == BY_ROW:
         weights = _weight_tiles(weight, first, N, K, COLUMNS, INNER)
         if GATED:
             others = _weight_tiles(second, first, N, K, COLUMNS, INNER)
@@ -171,55 +162,27 @@ def _product(
             out = tl.trans(tl.sum(sums, 1))
             return out, out
     else:
-        if EARLY:
-            _prefetch(weight, first, N, K, COLUMNS, LINES)
-            if GATED:
-                _prefetch(second, first, N, K, COLUMNS, LINES)
-        follow(EARLY)
-        part = (tl.arange(0, SPLIT) * INNER)[:, None, None]
-        index = tl.arange(0, ROWS)[None, :, None]
-        columns = (first + tl.arange(0, COLUMNS))[None, None, :]
-        inner = tl.arange(0, INNER)
-        out = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
-        gate = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
-        squares = tl.zeros([SPLIT, ROWS], tl.float32)
-        for start in range(0, K, SPLIT * INNER):
-            across = start + part + inner[None, None, :]
-            down = start + part + inner[None, :, None]
-            if K % (SPLIT * INNER) == 0:
-                value = tl.load(x + index * K + across, mask=index < rows, other=0.0)
-            else:
-                value = tl.load(x + index * K + across, mask=(index < rows) & (across < K), other=0.0)
-            if NORM:
-                wide = value.to(tl.float32)
-                squares += tl.sum(wide * wide, 2)
-                if SCALED:
-                    if K % (SPLIT * INNER) == 0:
-                        factor = tl.load(scale + across)
-                    else:
-                        factor = tl.load(scale + across, mask=across < K, other=0.0)
-                    value = (wide * factor.to(tl.float32)).to(value.dtype)
-            if N % COLUMNS == 0 and K % (SPLIT * INNER) == 0:
-                tile = tl.load(weight + columns * K + down)
-            else:
-                tile = tl.load(weight + columns * K + down, mask=(columns < N) & (down < K), other=0.0)
-            out = tl.dot(value, tile, out, input_precision="ieee")
-            if GATED:
-                if N % COLUMNS == 0 and K % (SPLIT * INNER) == 0:
-                    tile = tl.load(second + columns * K + down)
-                else:
-                    tile = tl.load(second + columns * K + down, mask=(columns < N) & (down < K), other=0.0)
-                gate = tl.dot(value, tile, gate, input_precision="ieee")
-        total = tl.sum(out, 0)
-        other = total
-        if GATED:
-            other = tl.sum(gate, 0)
-        if NORM:
-            # The sums are linear in the row's factor, which is known only now.
-            norm = (1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps))[:, None]
-            total = total * norm
-            other = other * norm
-        return total, other
+        return matrix_product(
+            x,
+            scale,
+            weight,
+            second,
+            first,
+            rows,
+            eps,
+            N,
+            K,
+            NORM,
+            SCALED,
+            GATED,
+            ROWS,
+            COLUMNS,
+            INNER,
+            KIND,
+            TURNED,
+            FLYING,
+            EARLY,
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
@@ -249,14 +212,33 @@ def project_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Norm, query-key-value projection, rotary code and cache write of few rows."""
     first = tl.program_id(0) * COLUMNS
     sums, _ = _product(
-        x, scale, weight, weight, first, rows, eps, N, K, True, SCALED, False, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        scale,
+        weight,
+        weight,
+        first,
+        rows,
+        eps,
+        N,
+        K,
+        True,
+        SCALED,
+        False,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     write_rotated(
         sums,
@@ -294,14 +276,33 @@ def add_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product and sum of few rows: residual + x W^T."""
     first = tl.program_id(0) * COLUMNS
     sums, _ = _product(
-        x, x, weight, weight, first, rows, 0.0, N, K, False, False, False, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        x,
+        weight,
+        weight,
+        first,
+        rows,
+        0.0,
+        N,
+        K,
+        False,
+        False,
+        False,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
@@ -326,14 +327,33 @@ def gate_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LINES: tl.constexpr,
+    KIND: tl.constexpr,
+    TURNED: tl.constexpr,
+    FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T)."""
     first = tl.program_id(0) * COLUMNS
     a, b = _product(
-        x, scale, weight, second, first, rows, eps, N, K, True, SCALED, True, ROWS, COLUMNS, INNER, SPLIT, LINES, EARLY
+        x,
+        scale,
+        weight,
+        second,
+        first,
+        rows,
+        eps,
+        N,
+        K,
+        True,
+        SCALED,
+        True,
+        ROWS,
+        COLUMNS,
+        INNER,
+        KIND,
+        TURNED,
+        FLYING,
+        EARLY,
     )
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]

@@ -5,11 +5,10 @@ it. Many rows: products by the vendor's library, what lies between them in one k
 """
 
 import os
-from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,46 +18,7 @@ from vgen.errors import UserError
 from vgen.layers.attention import Attention, View
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
-
-FEW = 64
-"""Most rows (samples times slots) whose products are our own kernels."""
-
-Product = Literal["project", "add", "gate"]
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a product of few rows is cut.
-
-    Attributes:
-        columns: rows of the weight per program.
-        inner: numbers of a row that a program, or each of ``split`` groups of its warps, takes at a time.
-        split: groups of warps that share the inner axis of a matrix product; 0 = products by row, whole weight tiles in
-            registers.
-        warps: warps per program.
-        stages: tiles in flight.
-    """
-
-    columns: int
-    inner: int
-    split: int
-    warps: int
-    stages: int = 1
-
-
-_TILES: dict[Product, tuple[tuple[int, Tile], ...]] = {
-    "project": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(32, 64, 2, 4, 4))),
-    "add": ((16, Tile(8, 128, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
-    "gate": ((16, Tile(16, 64, 4, 4, 4)), (32, Tile(16, 64, 4, 4, 4)), (FEW, Tile(16, 64, 4, 4, 3))),
-}
-
-
-def best_tile(product: Product, rows: int, width: int) -> Tile:
-    """The tile for a number of rows, at most ``FEW``, and an inner axis of ``width`` numbers."""
-    if rows <= 4:
-        # 32 lanes of 4 warps hold 8 neighbours each; registers bound what a thread can hold of a long row.
-        return Tile(8 if width <= 1024 else 4, min(1024, max(8, _power_of_two(width))), 0, 4)
-    return next(tile for most, tile in _TILES[product] if rows <= most)
+from vgen.layers.tiles import Kind, Product, Tile, best_tile, power_of_two
 
 
 @cache
@@ -139,11 +99,11 @@ def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: in
     batch, fed, _ = x.shape
     keys, values = view.cache.buffer[layer]
     query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
-    if _is_few(x):
-        project_rows(x, norm, attention.wqkv.weight, query, keys, values, view.rope, view.rows)
+    targets = (query, keys, values, view.rope, view.rows)
+    if tile := _tile_for("project", x, attention.wqkv):
+        project_rows(x, norm, attention.wqkv.weight, *targets, tile)
     else:
-        projected = F.linear(norm_many(x, norm)[1], attention.wqkv.weight)
-        rotate_many(projected, query, keys, values, view.rope, view.rows)
+        rotate_many(F.linear(norm_many(x, norm)[1], attention.wqkv.weight), *targets)
     return query.transpose(1, 2)
 
 
@@ -160,18 +120,40 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
     Returns:
         [B, F, dim].
     """
-    if _is_few(x):
-        x = add_rows(seen, attention.wo.weight, x)
-        return add_rows(gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight), feed_forward.w2.weight, x)
-    x, normal = norm_many(x, norm, F.linear(seen, attention.wo.weight))
-    hidden = gate_many(F.linear(normal, feed_forward.merged()))
+    out, gate, down = (
+        _tile_for("wo", x, attention.wo),
+        _tile_for("gate", x, feed_forward.w1),
+        _tile_for("w2", x, feed_forward.w2),
+    )
+    if out:
+        x = add_rows(seen, attention.wo.weight, x, out)
+    elif gate:
+        x = add_product(x, seen, attention.wo.weight)
+    if gate:
+        hidden = gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight, gate)
+    else:
+        x, normal = norm_many(x, norm, None if out else F.linear(seen, attention.wo.weight))
+        hidden = gate_many(F.linear(normal, feed_forward.merged()))
+    if down:
+        return add_rows(hidden, feed_forward.w2.weight, x, down)
+    # The sum behind the attention is nobody else's.
     x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
     return x
 
 
-def _is_few(x: Tensor) -> bool:
+def _tile_for(product: Product, x: Tensor, layer: nn.Linear) -> Tile | None:
     # Wider numbers have no tensor cores that keep their precision.
-    return x.shape[0] * x.shape[1] <= FEW and x.element_size() == 2
+    if x.element_size() != 2:
+        return None
+    shared = {"shared_bytes": _shared_bytes(x.device)} if x.is_cuda else {}
+    return best_tile(product, x.shape[0] * x.shape[1], layer.in_features, **shared)
+
+
+@cache
+def _shared_bytes(device: torch.device) -> int:
+    properties = torch.cuda.get_device_properties(device)
+    # What an older PyTorch does not tell is what every GPU of compute capability 8.0 and newer has.
+    return getattr(properties, "shared_memory_per_block_optin", 101376)
 
 
 def project_rows(
@@ -183,7 +165,7 @@ def project_rows(
     values: Tensor,
     rope: Tensor | None,
     cache_rows: Tensor,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> None:
     """Queries into ``query``, keys and values into a layer of the cache, of few rows.
 
@@ -196,46 +178,43 @@ def project_rows(
         values: like keys.
         rope: see :class:`vgen.layers.attention.View`, like the next.
         cache_rows: int64 [F] or [B, F].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
-    width, dim = weight.shape
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("project", rows, dim)
     _launch(
         _kernels()[0].project_rows,
-        (_ceil(width, tile.columns),),
+        (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
         tile,
         **_heads(query, keys, rope),
-        **_sizes(weight, tile, rows, norm=norm),
+        **kernel_constants(weight, tile, rows, norm=norm),
     )
 
 
-def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None = None) -> Tensor:
+def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile) -> Tensor:
     """Sum residual + x W^T of few rows, [B, F, N].
 
     Args:
         x: [B, F, K].
         weight: [N, K].
         residual: [B, F, N].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("add", rows, weight.shape[1])
     _launch(
         _kernels()[0].add_rows,
         (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), weight, residual.contiguous(), out, rows),
         tile,
-        **_sizes(weight, tile, rows),
+        **kernel_constants(weight, tile, rows),
     )
     return out
 
 
-def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile | None = None) -> Tensor:
+def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile) -> Tensor:
     """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
@@ -243,20 +222,24 @@ def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Ti
         norm: in front of the products.
         weight: W, [hidden, dim].
         second: V, [hidden, dim].
-        tile: instead of :func:`best_tile`.
+        tile: how the product is cut.
     """
     out = x.new_empty(*x.shape[:2], len(weight))
     rows = x.shape[0] * x.shape[1]
-    tile = tile or best_tile("gate", rows, weight.shape[1])
     _launch(
         _kernels()[0].gate_rows,
         (_ceil(len(weight), tile.columns),),
         x,
         (x.contiguous(), _scale(norm, x), weight, second, out, rows, norm.eps),
         tile,
-        **_sizes(weight, tile, rows, norm=norm),
+        **kernel_constants(weight, tile, rows, norm=norm),
     )
     return out
+
+
+def add_product(x: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
+    """Sum x + seen W^T by the vendor's library, [B, F, N]."""
+    return torch.addmm(x.reshape(-1, x.shape[-1]), seen.reshape(-1, seen.shape[-1]), weight.t()).view(x.shape)
 
 
 def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -274,7 +257,7 @@ def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Te
         ADD=delta is not None,
         SCALED=norm.weight is not None,
         ROWS=1,
-        INNER=_power_of_two(dim),
+        INNER=power_of_two(dim),
     )
     return total, normal
 
@@ -284,7 +267,7 @@ def rotate_many(
 ) -> None:
     """Rotate projections [B, F, (heads + 2 kv_heads) * head_dim]; the rest as in :func:`project_rows`."""
     rows, width = query.shape[0] * query.shape[1], projected.shape[-1]
-    columns = min(1024, _power_of_two(width))
+    columns = min(1024, power_of_two(width))
     _launch(
         _kernels()[1].rotate_many,
         (rows, _ceil(width, columns)),
@@ -300,7 +283,7 @@ def gate_many(both: Tensor) -> Tensor:
     """Product silu(a) b of the halves of [B, F, 2 * hidden]."""
     rows, hidden = both.shape[0] * both.shape[1], both.shape[2] // 2
     out = both.new_empty(*both.shape[:2], hidden)
-    columns = min(1024, _power_of_two(hidden))
+    columns = min(1024, power_of_two(hidden))
     _launch(
         _kernels()[1].gate_many,
         (rows, _ceil(hidden, columns)),
@@ -322,7 +305,7 @@ def _launch(
     **constants: Any,
 ) -> None:
     options: dict[str, Any] = {"num_warps": 4} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    early = _comes_early(x.device)
+    early = _comes_early(x.device) and (tile is None or tile.early)
     if early:
         options["launch_pdl"] = True
     with torch.cuda.device_of(x):
@@ -364,24 +347,22 @@ def _heads(query: Tensor, keys: Tensor, rope: Tensor | None) -> dict[str, Any]:
     }
 
 
-def _sizes(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+def kernel_constants(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+    """What a kernel of few rows is compiled for."""
     outer, inner = weight.shape
     return {
         "N": outer,
         "K": inner,
         **({} if norm is None else {"SCALED": norm.weight is not None}),
-        "ROWS": _power_of_two(rows) if tile.split == 0 else max(16, _power_of_two(rows)),
+        # The axes of a matrix product: 16 numbers of the first operand, 8 of the second.
+        "ROWS": power_of_two(rows) if tile.kind == "by_row" else max(16 if tile.turned else 8, power_of_two(rows)),
         "COLUMNS": tile.columns,
         "INNER": tile.inner,
-        "SPLIT": tile.split,
-        "LINES": _power_of_two(_ceil(inner, 64)),
+        "KIND": get_args(Kind).index(tile.kind),
+        "TURNED": tile.turned,
+        "FLYING": tile.stages,
     }
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _power_of_two(number: int) -> int:
-    """The next power of two."""
-    return 1 << (number - 1).bit_length()

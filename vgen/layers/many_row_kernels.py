@@ -10,11 +10,24 @@ import triton.language as tl
 
 
 @triton.jit
-def follow(EARLY: tl.constexpr):
-    """Let the next kernel come, then wait for the results of the last one."""
+def let_follow(EARLY: tl.constexpr):
+    """Let the next kernel come."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Wait for the results of the last kernel."""
+    if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """Let the next kernel come, then wait for the results of the last one."""
+    let_follow(EARLY)
+    wait(EARLY)
 
 
 @triton.jit

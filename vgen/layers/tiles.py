@@ -1,0 +1,116 @@
+"""How the products of few rows are cut into programs: the one table, and what a long row makes of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+FEW = 64
+"""Most rows (samples times slots) whose products can be our own kernels."""
+_HELD_BYTES = 512  # of weights in the registers of a thread
+_MOST_WARPS = 8
+
+Product = Literal["project", "wo", "gate", "w2"]
+Kind = Literal["by_row", "held", "streamed"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product of few rows is cut; the kinds are explained in vgen/layers/few_row_kernels.py.
+
+    Attributes:
+        kind: by rows of numbers, or by matrix products with the weight held in registers or streamed.
+        columns: rows of the weight per program.
+        inner: numbers of a row that a program takes at a time.
+        warps: warps per program.
+        stages: tiles in flight, of the weight if streamed, of x if held.
+        turned: whether the weight is the second operand of a matrix product instead of the first.
+        early: launched before the kernel in front has ended (programmatic dependent launch).
+    """
+
+    kind: Kind
+    columns: int
+    inner: int
+    warps: int
+    stages: int = 1
+    turned: bool = False
+    early: bool = True
+
+
+Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
+"""Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
+
+_FEWEST = (4, Tile("by_row", 4, 512, 2))
+_tiles: Tiles = {
+    "project": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 16, 256, 4, 4)),
+        (32, Tile("streamed", 16, 256, 4, 3)),
+        (FEW, None),
+    ),
+    "wo": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 8, 256, 4, 4, turned=True)),
+        (32, Tile("held", 16, 256, 4, 2)),
+        (FEW, None),
+    ),
+    "gate": (
+        _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
+        (16, Tile("held", 16, 256, 4, 4)),
+        (32, Tile("streamed", 16, 256, 4, 3)),
+        (FEW, None),
+    ),
+    "w2": (
+        _FEWEST,
+        (8, Tile("held", 8, 256, 4, 4, turned=True)),
+        (16, Tile("held", 8, 256, 4, 4, turned=True)),
+        (32, Tile("held", 16, 256, 8, 2)),
+        (FEW, None),
+    ),
+}
+
+
+def tiles_in_use() -> Tiles:
+    """The table that :func:`best_tile` reads."""
+    return _tiles
+
+
+def use_tiles(tiles: Tiles) -> None:
+    """Replace the table, e.g. by what ``benchmarks.kernels --choose`` found; recorded graphs keep their tiles."""
+    global _tiles
+    _tiles = tiles
+
+
+def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 232448) -> Tile | None:
+    """The tile for a product.
+
+    Args:
+        product: which.
+        rows: samples times slots.
+        width: length of the inner axis.
+        shared_bytes: shared memory that a program can have, by default that of an H100.
+
+    Returns:
+        None = by the vendor's library.
+    """
+    tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
+    if tile is None:
+        return None
+    warps = tile.warps
+    if tile.kind != "streamed":
+        # Registers bound what a thread can hold of long rows, shared memory what a program can.
+        held = tile.columns * width * (4 if product == "gate" else 2)
+        flying = (tile.stages + 1) * max(16, power_of_two(rows)) * tile.inner * 2
+        while warps < _MOST_WARPS and held > _HELD_BYTES * warps * 32:
+            warps *= 2
+        too_much = held > _HELD_BYTES * warps * 32
+        if tile.kind == "held" and (too_much or held + flying > shared_bytes):
+            tile, warps = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2
+    return replace(tile, warps=warps, inner=min(tile.inner, max(16, power_of_two(width))))
+
+
+def power_of_two(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
