@@ -41,6 +41,7 @@ def candidates(product: Product, rows: int) -> list[Tile]:
     if rows > 32:
         held = [held[1], Tile("held", 16, 128, 8, 4)]
         streamed += [Tile("streamed", 64, 64, 4, 5, turned=True), Tile("streamed", 16, 128, 4, 5)]
+        streamed += [Tile("streamed", 16, 128, 4, 4, turned=True), Tile("streamed", 32, 64, 4, 6, turned=True)]
     if product == "w2":
         # Long rows: a program that holds them needs the registers of 8 warps.
         held = [Tile("held", 16, 256, 8, 2), Tile("held", 8, 256, 4, 2, turned=True), Tile("held", 16, 128, 8, 4)]

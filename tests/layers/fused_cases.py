@@ -4,6 +4,7 @@ Half precision is float16 here: the interpreter has no bfloat16 products.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -267,21 +268,21 @@ def test_the_benchmark_prints_a_line_per_step(capsys):
 def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     path, table = tmp_path / "tiles.json", tiles_in_use()
     # The interpreter takes a second for three tiles.
-    monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:2])
+    monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:1])
     tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
-    kernel_benchmark.main([*tiny, "--rows", "3", "7", "--sweep", "--choose", str(path)])
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 3 ", "| 7 "))]
+    kernel_benchmark.main([*tiny, "--rows", "7", "--sweep", "--choose", str(path)])
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| 7 ")]
     errors = [float(line[8]) for line in lines if line[2].strip() != "layer"]
-    assert len(errors) > 20
+    assert len(errors) > 8
     assert max(errors) < 3e-3
     assert tiles_in_use() is table
     try:
         use_tiles(read_tiles(path))
         for product, entries in tiles_in_use().items():
             assert [most for most, _ in entries] == [4, 8, 16, 32, 64]
-            assert entries[2:] == table[product][2:]
-            assert entries[0][1] in [None, table[product][0][1], *candidates(product, 3)]
-            assert entries[1][1] in [None, table[product][1][1], *candidates(product, 7)]
+            assert entries[::2] == table[product][::2]
+            tile = entries[1][1] and replace(entries[1][1], early=True)
+            assert tile in [None, table[product][1][1], *candidates(product, 7)]
     finally:
         use_tiles(table)
     path.write_text("[]")
