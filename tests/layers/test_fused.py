@@ -163,10 +163,10 @@ def as_good_as_the_plain_layers(batch):
     exact, plain = passes(network), passes(generator)
     generator.fuse_decoding()
     runs = [passes(generator) for _ in range(2)]
-    for mine, again, theirs, best in zip(*runs, plain, exact, strict=True):
-        assert torch.equal(mine, again)
-        ours, others = ((logits - best).pow(2).mean().sqrt() for logits in (mine, theirs))
-        assert 0 < ours <= 1.3 * others
+    assert all(map(torch.equal, *runs))
+    # Over all passes: the two dozen logits of a single one are too few to compare the spread of rounding errors.
+    ours, others = ((torch.cat(each) - torch.cat(exact)).pow(2).mean().sqrt() for each in (runs[0], plain))
+    assert 0 < ours <= 1.3 * others
 
 
 @on_gpu
