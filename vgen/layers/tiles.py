@@ -44,6 +44,7 @@ _FEWEST = (4, Tile("by_row", 4, 512, 2))
 _tiles: Tiles = {
     "project": (
         _FEWEST,
+        (8, Tile("held", 16, 256, 4, 4)),
         (16, Tile("held", 16, 256, 4, 4)),
         (32, Tile("held", 16, 256, 4, 2)),
         (FEW, None),
@@ -65,6 +66,8 @@ _tiles: Tiles = {
     "w2": (
         _FEWEST,
         (8, Tile("held", 8, 256, 4, 4, turned=True)),
+        (16, None),
+        (32, None),
         (FEW, None),
     ),
 }
