@@ -307,9 +307,9 @@ def test_products_by_the_library_mix_with_our_own(vendor):
 
 
 def test_long_rows_get_tiles_that_fit():
-    assert best_tile("w2", 16, 2816).kind == "held"
-    assert best_tile("w2", 16, 8704).kind == "streamed"
-    assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "streamed"
+    assert best_tile("wo", 32, 2816).kind == "held"
+    assert best_tile("wo", 32, 8704).kind == "streamed"
+    assert best_tile("wo", 32, 2816, shared_bytes=101376).kind == "streamed"
     assert best_tile("gate", 2, 1024).warps < best_tile("gate", 2, 4096).warps
     assert best_tile("wo", 5, 40).inner == 64
     assert best_tile("wo", 65, 40) is None
