@@ -12,7 +12,6 @@ ORDER = [
     "schedules",
     "layers",
     "tokenizers",
-    "text",
     "generators",
     "data",
     "losses",

@@ -32,6 +32,7 @@ from vgen.generators.joint_block import JointBlock
 from vgen.generators.joint_text import JointText
 from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
+from vgen.generators.plan_check import check_fits
 from vgen.generators.readout import Readout, join_heads, shares, weighted
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
@@ -39,7 +40,6 @@ from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
 from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
-from vgen.schedules.moves import moves_of
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
 
@@ -380,59 +380,7 @@ class Transformer(nn.Module):
         Raises:
             UserError: naming the first requirement of the plan that the network does not meet.
         """
-        if plan.grid != self.grid:
-            raise UserError(f"schedule '{plan.name}' covers the grid {plan.grid}, the generator the grid {self.grid}")
-        asks = self.query_embedding is not None
-        mine = (self.num_condition, self.num_readouts, self.num_learned, asks, self.mask_token)
-        needs = (plan.num_condition, plan.num_heads, plan.num_learned, plan.has_queries, plan.masking is not None)
-        if mine != needs:
-            raise UserError(
-                f"schedule '{plan.name}' needs (condition slots, output heads, learned embeddings, position queries, "
-                f"mask token) = {needs}, the generator has {mine}: it was trained for another schedule; choose that one"
-            )
-        if (self.latent_head is not None or isinstance(self.condition, JointText)) and plan.masking is None:
-            raise UserError(
-                f"schedule '{plan.name}' hides no tokens; a generator of continuous tokens or of joint streams of text "
-                "and tokens sees all slots in every pass: choose schedule=masked or masked_random"
-            )
-        if not self.outputs and self.latent_head is None and bool((torch.bincount(plan.reads[:, 2]) > 1).any()):
-            raise UserError(
-                f"schedule '{plan.name}' reads a token at several slots, which a generator with tied_output=true does "
-                "not average; choose another, or set generator.tied_output=false"
-            )
-        if self.latent_head is not None and plan.policy is not None:
-            raise UserError(
-                f"schedule '{plan.name}' goes by the probabilities of tokens, and continuous tokens have none; choose "
-                "schedule=masked_random"
-            )
-        if plan.any_order and not (self.told_target or plan.has_queries):
-            raise UserError(
-                f"schedule '{plan.name}' decodes in any order, so the generator must be told the place of the token it "
-                "predicts; set generator.positions=own_target or generator.rope=own_target"
-            )
-        if self.steps is not None and plan.num_slots > self.steps.num_embeddings:
-            raise UserError(
-                f"schedule '{plan.name}' has {plan.num_slots} slots, more than the {self.steps.num_embeddings} that "
-                "generator.adaln=[step] knows; leave 'step' out for orders with queries"
-            )
-        if self.places is not None and self.places.num_places < plan.num_tokens:
-            fed = plan.order[plan.position[plan.position >= 0]]
-            if plan.any_order or bool((fed >= self.places.num_places).any()):
-                raise UserError(
-                    f"schedule '{plan.name}' feeds the last token of the grid, which has no position with "
-                    "generator.last_position=false; set it to true"
-                )
-        if self.directions is not None:
-            if plan.shuffled or plan.random_order is not None:
-                raise UserError(
-                    f"schedule '{plan.name}' draws random orders, whose moves are not a fixed set; leave 'direction' "
-                    "out of generator.adaln"
-                )
-            if unknown := [move for move in moves_of(plan) if move not in self.directions.moves]:
-                raise UserError(
-                    f"schedule '{plan.name}' makes the move {list(unknown[0])}, which generator.directions does not "
-                    "list: the generator was trained for another schedule"
-                )
+        check_fits(self, plan)
 
     def embed_condition(self, condition: Tensor, drop: Tensor | None = None) -> Tensor:
         """Embed what the samples are conditioned on.
