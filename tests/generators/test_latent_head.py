@@ -80,7 +80,10 @@ def test_a_chain_given_the_true_noise_ends_at_the_start():
 
 def test_samples_do_not_depend_on_the_batch_and_known_latents_stay():
     generator, states = network(), []
-    watch = lambda _, latents: states.append(latents.clone())  # noqa: E731
+
+    def watch(_, latents):
+        states.append(latents.clone())
+
     together = decode(generator, PLAN, LABELS, sampling=QUICK, sample_index=INDEX, watch=watch)
     assert together.shape == (3, 6, 4)
     alone = [

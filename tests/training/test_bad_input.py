@@ -43,6 +43,7 @@ def test_unknown_key(override):
         ("tokenizer.image_size=16", "data.image_size=8 .*tokenizer.image_size=16"),
         ("resume=/nowhere/last.ckpt", "/nowhere/last.ckpt"),
         ("task.loss.perceptual=lipps", "lipps"),
+        ("tokenizer.l2_normalize=perhaps", "tokenizer.l2_normalize=perhaps must be true or false"),
     ],
 )
 def test_tokenizer_settings(override, message, tmp_path):
@@ -57,6 +58,7 @@ def test_tokenizer_settings(override, message, tmp_path):
         ("+generator.grid=[4,4]", r"generator.grid=\[4, 4\] .*\[2, 2\]"),
         ("+generator.condition.num_classes=7", "num_classes=7 .*10"),
         ("generator.heads=3", "generator.heads=3"),
+        ("generator.tied_output=perhaps", "generator.tied_output=perhaps must be true or false"),
         ("task.condition_dropout=1.5", "condition_dropout"),
         ("task.tokenizer=/nowhere", "task.tokenizer=/nowhere"),
         ("sampling.temperature=0", "sampling.temperature=0"),

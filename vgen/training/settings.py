@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,12 +50,25 @@ def make(node: Node, key: str, **arguments: Any) -> Any:
     if "_target_" not in node:
         raise UserError(f"{key} has no _target_; choose one with {key}=<name> (python train.py --help lists them)")
     try:
+        target = get_object(node["_target_"])
+    except ImportError:
+        target = None
+    if target is not None:
+        _check_switches(target, node, key)
+    try:
         return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from error
         raise UserError(f"{key}: {node['_target_']} cannot be built: {cause or error}") from error
+
+
+def _check_switches(target: Any, node: Node, key: str) -> None:
+    """Refuse words for the switches of a target: any of them would count as true."""
+    for name, parameter in signature(target).parameters.items():
+        if parameter.annotation in (bool, "bool") and not isinstance(node.get(name, False), bool):
+            raise UserError(f"{key}.{name}={node[name]} must be true or false")
 
 
 def check(config: Node) -> None:
