@@ -34,7 +34,7 @@ from benchmarks.networks import SIZES
 from benchmarks.tiles import candidates, class_of, write_tiles
 from vgen.errors import UserError, reported
 from vgen.generators.block import Block, BlockShape
-from vgen.layers import fused
+from vgen.layers import early_launch, fused
 from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import SwiGLU, swiglu_width
@@ -161,7 +161,7 @@ def _plain_gate(case: Case, block: Block) -> Tensor:
 def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     _, norm, feed_forward = parts(block)
     if tile:
-        return fused.gate_rows(case.x, norm, feed_forward.w1.weight, feed_forward.w3.weight, tile)
+        return fused.gate_rows(case.x, norm, feed_forward.merged(), tile)
     return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
 
 
@@ -268,7 +268,7 @@ def lines_for(case: Case, sweep: bool, chosen: dict[Product, Tile | None]) -> It
 
 
 def _tile_name(tile: Tile) -> str:
-    marks = (" turned" if tile.turned else "") + ("" if tile.early else " late")
+    marks = (f" in {tile.parts}" if tile.parts > 1 else "") + ("" if tile.early else " late")
     return f"{tile.kind}{marks} {tile.columns} x {tile.inner}, {tile.warps} warps, {tile.stages} stages"
 
 
@@ -305,7 +305,7 @@ def layer_line(case: Case, name: str = "") -> tuple[str, float, float]:
         return block.behind(x, query.transpose(1, 2).flatten(2), ())
 
     slow, fast = _chain(case, plain), our_layer(case)
-    with patch.object(fused, "_comes_early", lambda device: False):
+    with patch.object(early_launch, "_comes_early", lambda device: False):
         late = our_layer(case)
     weights = sum(p.numel() for p in case.blocks[0].parameters() if p.dim() == 2) * case.x.element_size()
     line = (

@@ -5,13 +5,13 @@ list of ``[most rows, tile or null]``; null = by the vendor's library.
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from vgen.errors import UserError
 from vgen.layers.tiles import FEW, Product, Tile, Tiles, tiles_in_use
 
-CLASSES = (4, 8, 16, 32, FEW)
+CLASSES = (2, 4, 8, 16, 32, FEW)
 """Most rows of the classes that have tiles of their own."""
 
 
@@ -22,33 +22,25 @@ def class_of(rows: int) -> int:
 
 def candidates(product: Product, rows: int) -> list[Tile]:
     """Tiles worth timing; made for inner axes of about 1,000 numbers and a w2 of three times that."""
+    tiles = []
     if rows <= 4:
         cuts = [(4, 512, 2), (4, 1024, 4), (8, 1024, 4), (8, 2048, 8)]
-        return [Tile("by_row", columns, inner, warps) for columns, inner, warps in cuts]
-    streamed = [
-        Tile("streamed", 16, 64, 1, 5),
-        Tile("streamed", 16, 128, 2, 4),
-        Tile("streamed", 16, 128, 2, 5, early=False),
-        Tile("streamed", 16, 256, 4, 3),
-        Tile("streamed", 8, 128, 2, 5, turned=True),
-    ]
-    if rows <= 16:
-        held = [Tile("held", 16, 256, 4, 4), Tile("held", 16, 256, 8, 4), Tile("held", 8, 256, 4, 4, turned=True)]
-        held += [Tile("held", 16, 128, 4, 8), Tile("held", 16, 256, 2, 4 if rows <= 8 else 2)]
-    else:
-        held = [Tile("held", 16, 256, 4, 2), Tile("held", 16, 256, 8, 4), Tile("held", 16, 128, 4, 4)]
-        streamed += [Tile("streamed", 32, 128, 4, 4), Tile("streamed", 32, 128, 4, 4, turned=True)]
-    if rows > 32:
-        held = [held[1], Tile("held", 16, 128, 8, 4)]
-        streamed += [Tile("streamed", 64, 64, 4, 5, turned=True), Tile("streamed", 16, 128, 4, 5)]
-        streamed += [Tile("streamed", 16, 128, 4, 4, turned=True), Tile("streamed", 32, 64, 4, 6, turned=True)]
-    if product == "w2":
-        # Long rows: a program that holds them needs the registers of 8 warps.
-        held = [Tile("held", 16, 256, 8, 2), Tile("held", 8, 256, 4, 2, turned=True), Tile("held", 16, 128, 8, 4)]
-        held += [Tile("held", 8, 256, 8, 4, turned=True)]
-    if product in ("wo", "w2"):
-        streamed += [Tile("streamed", 8, 256, 4, 4, turned=True), Tile("streamed", 16, 256, 2, 4)]
-    return held + streamed
+        tiles = [Tile("by_row", columns, inner, warps) for columns, inner, warps in cuts]
+    if rows <= 2:
+        return tiles
+    few = 1 if rows > 16 else 2
+    tiles += [Tile("held", 16, 128, 4, few, parts=4), Tile("held", 16, 64, 4, 2 * few, parts=4)]
+    tiles += [Tile("held", 32, 128, 8, few, parts=4), Tile("held", 32, 128, 4, few, parts=2)]
+    if rows <= 32:
+        tiles += [Tile("held", 8, 128, 4, few, parts=8), Tile("held", 16, 256, 4, 1, parts=4)]
+        tiles += [Tile("held", 16, 128, 8, few, parts=8)]
+    if product in ("project", "gate"):
+        tiles += [Tile("held", 64, 128, 4, few), Tile("held", 64, 128, 8, few, parts=2)]
+    tiles += [Tile("streamed", 16, 128, 2, 4), Tile("streamed", 16, 128, 2, 5, early=False)]
+    if product != "gate":
+        return tiles
+    # A column of the gated product takes two rows of weights.
+    return [tile if tile.kind == "by_row" else replace(tile, columns=tile.columns // 2) for tile in tiles]
 
 
 def write_tiles(path: str | Path, chosen: Tiles) -> None:

@@ -97,12 +97,12 @@ def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
     from vgen.layers import few_row_kernels
 
     outer, inner = SHAPES[product]
-    tile = best_tile(product, rows, inner) or Tile("streamed", 16, 256, 4, 3)
+    tile = best_tile(product, rows, inner) or Tile("streamed", 8, 64, 4, 3)
     kernel = {"project": few_row_kernels.project_rows, "gate": few_row_kernels.gate_rows}.get(
         product, few_row_kernels.add_rows
     )
     constants = fused.kernel_constants(torch.empty(outer, inner, device="meta"), tile, rows) | {"EARLY": True}
-    constants |= {"SCALED": True, "HEADS": 16, "KV_HEADS": 16, "HEAD_DIM": 64, "ROPE": True}
+    constants |= {"SCALED": True, "HEADS": 16, "KV_HEADS": 16, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     kinds = {"rope": "*fp32", "cache_rows": "*i64", "eps": "fp32"}
@@ -117,7 +117,7 @@ def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     code = compiled.asm["ptx"]
-    assert ("mma.sync" in code) == (tile.kind != "by_row")
+    assert ("wgmma.mma_async" in code) == (tile.kind == "held")
     assert ("cp.async.cg.shared.global" if tile.kind == "streamed" else "ld.global.v4.b32") in code
     assert compiled.metadata.shared <= 232448
     (tmp_path / "kernel.ptx").write_text(code)
@@ -180,11 +180,12 @@ def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
     ("batch", "tile"),
     [
         (5, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 8, 128, 4, 4, turned=True)),
+        (16, Tile("held", 8, 128, 4, 2, parts=8)),
+        (4, Tile("held", 16, 128, 4, 1, parts=4)),
         (17, Tile("streamed", 16, 128, 2, 4)),
-        (30, Tile("streamed", 8, 128, 2, 5, turned=True, early=False)),
+        (30, Tile("streamed", 32, 64, 4, 3, parts=2, early=False)),
         (60, Tile("held", 16, 128, 8, 4)),
-        (60, Tile("streamed", 32, 128, 4, 4, turned=True)),
+        (60, Tile("held", 32, 128, 8, 1, parts=2)),
     ],
     ids=str,
 )

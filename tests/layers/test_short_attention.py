@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,30 @@ def test_it_equals_attention(sizes, masked, tile):
     out = short_attention(query, key, value, bias=bias, tile=tile)
     torch.testing.assert_close(out, expected(query, key, value, bias), atol=2e-6, rtol=1e-5)
     assert torch.equal(out, short_attention(query, key, value, bias=bias, tile=tile))
+
+
+HELD = Tile(rows=16, shared=1, queries=16, warps=4, stages=2, held=2, fresh=16)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("sizes", "settled", "masked", "tile"),
+    [
+        ((2, 4, 2, 3, 70, 8), 67, True, None),
+        ((2, 4, 4, 1, 2, 16), 1, False, None),
+        ((1, 2, 2, 5, 37, 12), 20, True, HELD),  # 17 rows in two steps
+        ((1, 4, 1, 5, 100, 16), 95, True, HELD),  # six tiles of which two are held, 20 queries in two blocks
+        ((1, 2, 1, 3, 150, 16), 130, True, replace(HELD, span=2)),  # five splits
+        ((1, 2, 1, 3, 150, 16), 97, False, replace(HELD, held=1, span=2)),
+        ((1, 2, 2, 1, 600, 16), 599, False, None),
+        ((2, 2, 2, 31, 231, 16), 200, True, None),
+    ],
+)
+def test_settled_rows_are_read_apart(sizes, settled, masked, tile):
+    query, key, value, bias = case(*sizes, masked=masked)
+    out = short_attention(query, key, value, bias=bias, settled=settled, tile=tile)
+    torch.testing.assert_close(out, expected(query, key, value, bias), atol=2e-6, rtol=1e-5)
+    assert torch.equal(out, short_attention(query, key, value, bias=bias, settled=settled, tile=tile))
 
 
 @interpreted
@@ -154,30 +179,30 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
 
 @compiled
 @pytest.mark.parametrize(
-    ("rows", "shared", "queries", "warps", "stages", "biased"),
+    ("rows", "shared", "queries", "warps", "stages", "biased", "held", "fresh"),
     [
-        (64, 1, 16, 2, 3, False),
-        (64, 1, 32, 4, 3, True),
-        (128, 1, 16, 8, 3, False),
-        (128, 1, 32, 4, 3, False),
-        (16, 4, 16, 2, 2, False),
-        (16, 1, 32, 1, 2, False),
+        (64, 1, 16, 2, 3, False, 0, 0),
+        (64, 1, 32, 4, 3, True, 0, 0),
+        (128, 1, 16, 8, 3, False, 2, 16),
+        (128, 1, 32, 4, 3, True, 2, 32),
+        (16, 4, 16, 2, 2, False, 0, 0),
+        (16, 1, 32, 1, 2, False, 0, 0),
     ],
 )
-def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased):
+def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased, held, fresh):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from vgen.layers.short_attention_kernels import attend_prefix
 
     constants = {"KV_HEADS": 16, "GROUP": 1, "WIDTH": 64, "DIM": 64, "SHARED": shared, "QUERIES": queries}
-    constants |= {"ROWS": rows, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128}
+    constants |= {"ROWS": rows, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128, "HELD": held, "FRESH": fresh}
     names = attend_prefix.arg_names
     signature = {name: "constexpr" if name in constants else SIGNATURE.get(name, "i32") for name in names}
     even = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
-        if name not in constants and name not in ("scale", "fed", "prefix", "span")
+        if name not in constants and name not in ("scale", "fed", "prefix", "settled", "span")
     }
     source = ASTSource(
         attend_prefix, signature, {(names.index(name),): value for name, value in constants.items()}, even
@@ -186,6 +211,9 @@ def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, st
     code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     assert "mma.sync.aligned.m16n8k16" in code
     assert ".local" not in code
+    if held:
+        assert "ld.global.v4.b32" in code
+        return
     narrow = ("ld.global.b16", "ld.global.b32", "cp.async.ca")
     assert not any(word in code for word in narrow)
     assert "cp.async.cg.shared.global" in code

@@ -159,11 +159,14 @@ def test_it_compiles_for_hopper_with_wide_loads(size):
     from vgen.sampling.draw_kernels import pick_in_chunks, weigh_chunks
 
     tiles = -(-size // 2048)
-    constants = {"V": size, "CHUNK": 128, "CHUNKS": 16, "GUIDED": True, "HEATED": True}
+    constants = {"V": size, "CHUNK": 128, "CHUNKS": 16, "GUIDED": True, "HEATED": True, "EARLY": True}
     types = {"logits": "*fp32", "peaks": "*fp32", "sums": "*fp64", "weight": "fp32", "temperature": "fp32"}
-    types |= {"uniform": "*fp64", "targets": "*i64", "tokens": "*i64"}
+    types |= {"uniform": "*fp64", "targets": "*i64", "tokens": "*i64", "copies": "*i64"}
     codes = []
-    for kernel, own in ((weigh_chunks, {}), (pick_in_chunks, {"TILES": tiles, "ALL": max(16, 16 * tiles)})):
+    for kernel, own in (
+        (weigh_chunks, {}),
+        (pick_in_chunks, {"TILES": tiles, "ALL": max(16, 16 * tiles), "BRANCHES": 2}),
+    ):
         names, given = kernel.arg_names, constants | own
         signature = {name: "constexpr" if name in given else types.get(name, "i32") for name in names}
         even = {

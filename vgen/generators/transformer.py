@@ -34,11 +34,12 @@ from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
 from vgen.generators.plan_check import check_fits
 from vgen.generators.readout import Readout, join_heads, shares, weighted
+from vgen.layers import fused
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
-from vgen.layers.norm import NormKind, make_norm
+from vgen.layers.norm import NormKind, RMSNorm, make_norm
 from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
@@ -552,6 +553,8 @@ class Transformer(nn.Module):
         Returns:
             float32 [B, D, V], or states [B, D, dim] for continuous tokens.
         """
+        if self.fused and modulator is None and (logits := self._fused_read(hidden, read)) is not None:
+            return logits
         if read.simple:
             normal = self._normal(0, hidden[0], read.slots[0], modulator)
             return normal.float() if self.latent_head is not None else F.linear(normal, *self._matrix()).float()
@@ -568,10 +571,25 @@ class Transformer(nn.Module):
         assert total is not None
         return total.float()
 
-    def _matrix(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, dim] and bias [V] of the first output head."""
+    def _fused_read(self, hidden: list[Tensor], read: Read) -> Tensor | None:
+        """The same in fewer kernels; None if they do not know these heads."""
+        if not read.sources or self.latent_head is not None:
+            return None
+        heads = [0] if read.simple else self._heads(read)
+        weights, biases = zip(*[self._matrix(head) for head in heads], strict=True)
+        norms = [norm for norm in (self.norms[head] for head in heads) if isinstance(norm, RMSNorm)]
+        if len(norms) < len(heads) or any(bias is not None for bias in biases):
+            return None
+        if not fused.can_read(hidden[0], weights[0]):
+            return None
+        states, sources = [hidden[head] for head in heads], [read.sources[head] for head in heads]
+        shares = None if read.simple else [read.shares[head] for head in heads]
+        return fused.read(states, norms, weights, sources, shares)
+
+    def _matrix(self, head: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Weight [V, dim] and bias [V] of an output head."""
         if self.outputs:
-            output = self._output(0)
+            output = self._output(head)
             return output.weight, output.bias
         assert isinstance(self.tok_embeddings, nn.Embedding)
         return self.tok_embeddings.weight[: self.vocab_size], None
@@ -739,6 +757,7 @@ class Transformer(nn.Module):
             rows=forward.rows,
             row_start=forward.row_start,
             prefix=forward.prefix,
+            settled=forward.settled,
         )
         return self.read(self.run_blocks(x, view), forward.read, forward.targets.shape[-1], view.modulator)
 

@@ -29,6 +29,7 @@ class View:
         rows: int64 [F] or [B, F], cache rows of the slots.
         row_start: first row if they are consecutive, else -1.
         prefix: number of visible leading cache rows.
+        settled: leading ones of these that earlier calls have written.
         context: [B, T, dim], features beside the sequence for cross-attention; None = the network has none, or their
             keys and values are in the cache.
         context_mask: bool [B, 1, 1, T], True = visible; None = the network has no context.
@@ -42,6 +43,7 @@ class View:
     rows: Tensor | None = None
     row_start: int = -1
     prefix: int = 0
+    settled: int = 0
     context: Tensor | None = None
     context_mask: Tensor | None = None
     blocks: BlockMask | None = None
@@ -171,7 +173,7 @@ class Attention(nn.Module):
             assert view.rows is not None
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
         if self.fused and view.cache is not None and view.blocks is None and runs_here(query, key, view.mask):
-            return short_attention(query, key, value, bias=view.mask)
+            return short_attention(query, key, value, bias=view.mask, settled=view.settled)
         if view.blocks is not None:
             out = attend_blocks(query, key, value, view.blocks)
         else:

@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806, RUF005 - constants of a kernel are upper case by custom; Triton has no starred tuples
+# ruff: noqa: N803, D417, RUF005 - constants of a kernel are upper case by custom; Triton has no starred tuples
 # mypy: disable-error-code="assignment"
 """Triton kernels: products of a decoding pass of few rows and what stands around them; called by vgen.layers.fused.
 
@@ -9,7 +9,8 @@ A product is one of three kinds:
 - ``STREAMED``: by matrix products, some weight tiles in flight at a time.
 
 The first two ask for their weights before they wait for the kernel in front of theirs (programmatic dependent launch,
-``EARLY``), so that the device's memory is busy while the few rows of the stream go from kernel to kernel.
+``EARLY``), so that the device's memory is busy while the few rows of the stream go from kernel to kernel. What else a
+kernel reads it asks for before it begins to multiply, since no wait for memory is as short as none.
 
 Sums are in float32 and in a fixed order: equal inputs give equal bits.
 """
@@ -17,23 +18,26 @@ Sums are in float32 and in a fixed order: equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from vgen.layers.many_row_kernels import follow, silu_product, write_rotated
-from vgen.layers.matrix_product_kernels import matrix_product
+from vgen.layers.many_row_kernels import ask_for_rotation, let_follow, silu_product, wait, write_rotated
+from vgen.layers.matrix_product_kernels import ask_for_tiles, multiply_tiles, stream_product, weight_line
 
 BY_ROW = tl.constexpr(0)
+STREAMED = tl.constexpr(2)
 
 
 @triton.jit
-def _weight_tiles(weight, first, N: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):
-    """Rows of a weight [N, K] as tiles [COLUMNS, INNER], all loads in flight at once."""
-    rows = (first + tl.arange(0, COLUMNS))[:, None]
+def _weight_tiles(
+    weight, first, N: tl.constexpr, K: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr
+):
+    """Rows of a weight [N, K], or [2 N, K], as tiles [LINES, INNER], all loads in flight at once."""
+    line, there = weight_line(first, tl.arange(0, LINES), N, COLUMNS)
     tiles = ()
     for chunk in tl.static_range((K + INNER - 1) // INNER):
         inner = (chunk * INNER + tl.arange(0, INNER))[None, :]
         if N % COLUMNS == 0 and K % INNER == 0:
-            tile = tl.load(weight + rows * K + inner)
+            tile = tl.load(weight + line[:, None] * K + inner)
         else:
-            tile = tl.load(weight + rows * K + inner, mask=(rows < N) & (inner < K), other=0.0)
+            tile = tl.load(weight + line[:, None] * K + inner, mask=there[:, None] & (inner < K), other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
@@ -66,45 +70,22 @@ def _unstack(stacked, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _row_tiles(
-    x,
-    scale,
-    rows,
-    eps,
-    K: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Rows of x [rows, K], each as float32 tiles [1, INNER]; rounded where the norm layer rounds, if normalised."""
-    CHUNKS: tl.constexpr = (K + INNER - 1) // INNER
+def _row_tiles(x, scale, rows, K: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """Rows of x [rows, K], each as float32 tiles [1, INNER], times the scale, and the squares of each, [1, INNER]."""
     values, squares = (), ()
     for row in tl.static_range(ROWS):
         tiles = ()
         square = tl.zeros([1, INNER], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
+        for chunk in tl.static_range((K + INNER - 1) // INNER):
             inner = (chunk * INNER + tl.arange(0, INNER))[None, :]
             value = tl.load(x + row * K + inner, mask=(inner < K) & (row < rows), other=0.0).to(tl.float32)
             square += value * value
+            if SCALED:
+                value = value * tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)
             tiles = tiles + (value,)
         values = values + (tiles,)
         squares = squares + (square,)
-    if NORM:
-        factors = _unstack(1.0 / tl.sqrt(tl.sum(_stack(squares, ROWS), 1) / K + eps), ROWS)
-        normal = ()
-        for row in tl.static_range(ROWS):
-            tiles = ()
-            for chunk in tl.static_range(CHUNKS):
-                value = (values[row][chunk] * factors[row]).to(x.dtype.element_ty).to(tl.float32)
-                if SCALED:
-                    inner = (chunk * INNER + tl.arange(0, INNER))[None, :]
-                    value = value * tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)
-                    value = value.to(x.dtype.element_ty).to(tl.float32)
-                tiles = tiles + (value,)
-            normal = normal + (tiles,)
-        values = normal
-    return values
+    return values, squares
 
 
 @triton.jit
@@ -122,11 +103,56 @@ def _partial_sums(weights, values, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _by_row(
+    x,
+    scale,
+    weights,
+    rows,
+    eps,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with tiles of a weight."""
+    values, squares = _row_tiles(x, scale, rows, K, SCALED, ROWS, INNER)
+    sums = tl.sum(_partial_sums(weights, values, ROWS), 1)
+    if NORM:
+        # The sums are linear in the row's factor: it is not waited for.
+        sums = sums * (1.0 / tl.sqrt(tl.sum(_stack(squares, ROWS), 1) / K + eps))
+    return tl.trans(sums)
+
+
+@triton.jit
+def _ask(
+    weight,
+    scale,
+    first,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """Tiles of a weight as the product of a kind wants them; nothing of a streamed one."""
+    if KIND == BY_ROW:
+        return _weight_tiles(weight, first, N, K, LINES, COLUMNS, INNER)
+    elif KIND == STREAMED:
+        return (first,)
+    else:
+        return ask_for_tiles(weight, scale, first, N, K, SCALED, LINES, COLUMNS, INNER, PARTS)
+
+
+@triton.jit
 def _product(
     x,
     scale,
+    weights,
     weight,
-    second,
     first,
     rows,
     eps,
@@ -134,55 +160,27 @@ def _product(
     K: tl.constexpr,
     NORM: tl.constexpr,
     SCALED: tl.constexpr,
-    GATED: tl.constexpr,
+    LINES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
+    PARTS: tl.constexpr,
     KIND: tl.constexpr,
-    TURNED: tl.constexpr,
     FLYING: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    """Product of x [rows, K] (or its norm) with rows of a weight [N, K], and of a second one if ``GATED``.
+    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with rows of a weight [N, K], or [2 N, K].
 
-    Returns:
-        Two tensors float32 [ROWS, COLUMNS]; the second means nothing if there is one weight.
+    Args:
+        weights: what :func:`_ask` gave of the weight.
     """
     if KIND == BY_ROW:
-        weights = _weight_tiles(weight, first, N, K, COLUMNS, INNER)
-        if GATED:
-            others = _weight_tiles(second, first, N, K, COLUMNS, INNER)
-        follow(EARLY)
-        values = _row_tiles(x, scale, rows, eps, K, NORM, SCALED, ROWS, INNER)
-        sums = _partial_sums(weights, values, ROWS)
-        if GATED:
-            a, b = tl.split(tl.sum(tl.join(sums, _partial_sums(others, values, ROWS)), 1))
-            return tl.trans(a), tl.trans(b)
-        else:
-            out = tl.trans(tl.sum(sums, 1))
-            return out, out
-    else:
-        return matrix_product(
-            x,
-            scale,
-            weight,
-            second,
-            first,
-            rows,
-            eps,
-            N,
-            K,
-            NORM,
-            SCALED,
-            GATED,
-            ROWS,
-            COLUMNS,
-            INNER,
-            KIND,
-            TURNED,
-            FLYING,
-            EARLY,
+        return _by_row(x, scale, weights, rows, eps, K, NORM, SCALED, ROWS, INNER)
+    elif KIND == STREAMED:
+        return stream_product(
+            x, scale, weight, first, rows, eps, N, K, NORM, SCALED, LINES, ROWS, COLUMNS, INNER, PARTS
         )
+    else:
+        return multiply_tiles(x, weights, rows, eps, K, NORM, LINES, ROWS, INNER, PARTS, FLYING)
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
@@ -213,16 +211,22 @@ def project_rows(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     KIND: tl.constexpr,
-    TURNED: tl.constexpr,
+    PARTS: tl.constexpr,
     FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Norm, query-key-value projection, rotary code and cache write of few rows."""
     first = tl.program_id(0) * COLUMNS
-    sums, _ = _product(
+    let_follow(EARLY)
+    weights = _ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    wait(EARLY)
+    rotation = ask_for_rotation(
+        rope, cache_rows, 0, first, rows, fed, rope_batch, rows_batch, HEADS, KV_HEADS, HEAD_DIM, ROPE, ROWS, COLUMNS
+    )
+    sums = _product(
         x,
         scale,
-        weight,
+        weights,
         weight,
         first,
         rows,
@@ -231,28 +235,24 @@ def project_rows(
         K,
         True,
         SCALED,
-        False,
+        COLUMNS,
         ROWS,
         COLUMNS,
         INNER,
+        PARTS,
         KIND,
-        TURNED,
         FLYING,
-        EARLY,
     )
     write_rotated(
         sums,
+        rotation,
         query,
         key,
         value,
-        rope,
-        cache_rows,
         0,
         first,
         rows,
         fed,
-        rope_batch,
-        rows_batch,
         cache_batch,
         cache_head,
         HEADS,
@@ -273,20 +273,29 @@ def add_rows(
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     KIND: tl.constexpr,
-    TURNED: tl.constexpr,
+    PARTS: tl.constexpr,
     FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Product and sum of few rows: residual + x W^T."""
+    """Product of few rows, x W^T, or residual + x W^T with ``ADD``."""
     first = tl.program_id(0) * COLUMNS
-    sums, _ = _product(
+    let_follow(EARLY)
+    weights = _ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    wait(EARLY)
+    row = tl.arange(0, ROWS)[:, None]
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    here = (row < rows) & (column < N)
+    if ADD:
+        base = tl.load(residual + row * N + column, mask=here, other=0.0).to(tl.float32)
+    sums = _product(
         x,
         x,
-        weight,
+        weights,
         weight,
         first,
         rows,
@@ -295,21 +304,19 @@ def add_rows(
         K,
         False,
         False,
-        False,
+        COLUMNS,
         ROWS,
         COLUMNS,
         INNER,
+        PARTS,
         KIND,
-        TURNED,
         FLYING,
-        EARLY,
     )
-    row = tl.arange(0, ROWS)[:, None]
-    column = (first + tl.arange(0, COLUMNS))[None, :]
-    here = (row < rows) & (column < N)
     dtype = out.dtype.element_ty
-    base = tl.load(residual + row * N + column, mask=here, other=0.0).to(tl.float32)
-    tl.store(out + row * N + column, (base + sums.to(dtype).to(tl.float32)).to(dtype), mask=here)
+    sums = sums.to(dtype)
+    if ADD:
+        sums = (base + sums.to(tl.float32)).to(dtype)
+    tl.store(out + row * N + column, sums, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -317,7 +324,6 @@ def gate_rows(
     x,
     scale,
     weight,
-    second,
     out,
     rows,
     eps,
@@ -328,17 +334,20 @@ def gate_rows(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     KIND: tl.constexpr,
-    TURNED: tl.constexpr,
+    PARTS: tl.constexpr,
     FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T)."""
+    """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T), W and V one above the other."""
     first = tl.program_id(0) * COLUMNS
-    a, b = _product(
+    let_follow(EARLY)
+    weights = _ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    wait(EARLY)
+    both = _product(
         x,
         scale,
+        weights,
         weight,
-        second,
         first,
         rows,
         eps,
@@ -346,15 +355,15 @@ def gate_rows(
         K,
         True,
         SCALED,
-        True,
+        2 * COLUMNS,
         ROWS,
         COLUMNS,
         INNER,
+        PARTS,
         KIND,
-        TURNED,
         FLYING,
-        EARLY,
     )
+    a, b = tl.split(tl.trans(tl.reshape(both, [ROWS, 2, COLUMNS]), 0, 2, 1))
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
     tl.store(out + row * N + column, silu_product(a, b, out.dtype.element_ty), mask=(row < rows) & (column < N))

@@ -5,6 +5,7 @@ it. Many rows: products by the vendor's library, what lies between them in one k
 """
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from vgen.errors import UserError
 from vgen.layers.attention import Attention, View
+from vgen.layers.early_launch import early_launch
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
 from vgen.layers.tiles import Kind, Product, Tile, best_tile, power_of_two
@@ -100,7 +102,7 @@ def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: in
     keys, values = view.cache.buffer[layer]
     query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
     targets = (query, keys, values, view.rope, view.rows)
-    if tile := _tile_for("project", x, attention.wqkv):
+    if tile := _tile_for("project", x, attention.wqkv.weight):
         project_rows(x, norm, attention.wqkv.weight, *targets, tile)
     else:
         rotate_many(F.linear(norm_many(x, norm)[1], attention.wqkv.weight), *targets)
@@ -121,16 +123,16 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
         [B, F, dim].
     """
     out, gate, down = (
-        _tile_for("wo", x, attention.wo),
-        _tile_for("gate", x, feed_forward.w1),
-        _tile_for("w2", x, feed_forward.w2),
+        _tile_for("wo", x, attention.wo.weight),
+        _tile_for("gate", x, feed_forward.w1.weight),
+        _tile_for("w2", x, feed_forward.w2.weight),
     )
     if out:
         x = add_rows(seen, attention.wo.weight, x, out)
     elif gate:
         x = add_product(x, seen, attention.wo.weight)
     if gate:
-        hidden = gate_rows(x, norm, feed_forward.w1.weight, feed_forward.w3.weight, gate)
+        hidden = gate_rows(x, norm, feed_forward.merged(), gate)
     else:
         x, normal = norm_many(x, norm, None if out else F.linear(seen, attention.wo.weight))
         hidden = gate_many(F.linear(normal, feed_forward.merged()))
@@ -141,12 +143,50 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
     return x
 
 
-def _tile_for(product: Product, x: Tensor, layer: nn.Linear) -> Tile | None:
+def read(
+    hidden: Sequence[Tensor],
+    norms: Sequence[RMSNorm],
+    weights: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    shares: Sequence[Tensor] | None,
+) -> Tensor:
+    """Logits float32 [B, D, V] of the targets of a pass: the sum over heads of what each reads.
+
+    Args:
+        hidden: per head, [B, F, dim].
+        norms: per head.
+        weights: per head, [V, dim].
+        sources: per head, int64 [D], the slot read, -1 = none.
+        shares: per head, float32 [D], weight of the read; None = one head reads all, by itself.
+    """
+    total: Tensor | None = None
+    for head, (x, norm, weight) in enumerate(zip(hidden, norms, weights, strict=True)):
+        normal = norm_gathered(x, norm, sources[head], None if shares is None else shares[head])
+        tile = _tile_for("read", normal, weight)
+        if tile and len(hidden) == 1:
+            return add_rows(normal, weight, None, tile, dtype=torch.float32)
+        total = F.linear(normal, weight) if total is None else add_product(total, normal, weight)
+    assert total is not None
+    return total.float()
+
+
+def can_read(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`read` takes hidden states and matrices like these."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and why_not(x.device) is None
+    )
+
+
+def _tile_for(product: Product, x: Tensor, weight: Tensor) -> Tile | None:
     # Wider numbers have no tensor cores that keep their precision.
     if x.element_size() != 2:
         return None
     shared = {"shared_bytes": _shared_bytes(x.device)} if x.is_cuda else {}
-    return best_tile(product, x.shape[0] * x.shape[1], layer.in_features, **shared)
+    return best_tile(product, x.shape[0] * x.shape[1], weight.shape[1], **shared)
 
 
 @cache
@@ -192,47 +232,50 @@ def project_rows(
     )
 
 
-def add_rows(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile) -> Tensor:
+def add_rows(
+    x: Tensor, weight: Tensor, residual: Tensor | None, tile: Tile, *, dtype: torch.dtype | None = None
+) -> Tensor:
     """Sum residual + x W^T of few rows, [B, F, N].
 
     Args:
         x: [B, F, K].
         weight: [N, K].
-        residual: [B, F, N].
+        residual: [B, F, N]; None = the product alone.
         tile: how the product is cut.
+        dtype: of the result; None = that of x.
     """
-    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    out = torch.empty(*x.shape[:2], len(weight), dtype=dtype or x.dtype, device=x.device)
     rows = x.shape[0] * x.shape[1]
     _launch(
         _kernels()[0].add_rows,
         (_ceil(len(weight), tile.columns),),
         x,
-        (x.contiguous(), weight, residual.contiguous(), out, rows),
+        (x.contiguous(), weight, x if residual is None else residual.contiguous(), out, rows),
         tile,
+        ADD=residual is not None,
         **kernel_constants(weight, tile, rows),
     )
     return out
 
 
-def gate_rows(x: Tensor, norm: RMSNorm, weight: Tensor, second: Tensor, tile: Tile) -> Tensor:
+def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile) -> Tensor:
     """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
         x: [B, F, dim].
         norm: in front of the products.
-        weight: W, [hidden, dim].
-        second: V, [hidden, dim].
+        weights: W above V, [2 * hidden, dim].
         tile: how the product is cut.
     """
-    out = x.new_empty(*x.shape[:2], len(weight))
-    rows = x.shape[0] * x.shape[1]
+    rows, hidden = x.shape[0] * x.shape[1], len(weights) // 2
+    out = x.new_empty(*x.shape[:2], hidden)
     _launch(
         _kernels()[0].gate_rows,
-        (_ceil(len(weight), tile.columns),),
+        (_ceil(hidden, tile.columns),),
         x,
-        (x.contiguous(), _scale(norm, x), weight, second, out, rows, norm.eps),
+        (x.contiguous(), _scale(norm, x), weights, out, rows, norm.eps),
         tile,
-        **kernel_constants(weight, tile, rows, norm=norm),
+        **kernel_constants(weights[:hidden], tile, rows, norm=norm),
     )
     return out
 
@@ -260,6 +303,23 @@ def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Te
         INNER=power_of_two(dim),
     )
     return total, normal
+
+
+def norm_gathered(x: Tensor, norm: RMSNorm, sources: Tensor, shares: Tensor | None) -> Tensor:
+    """Norms of the slots that targets are read from, times their shares; see :func:`read`, [B, D, dim]."""
+    batch, fed, dim = x.shape
+    out = x.new_empty(batch, len(sources), dim)
+    _launch(
+        _kernels()[1].norm_gathered,
+        (batch * len(sources),),
+        x,
+        (x.contiguous(), _scale(norm, x), sources, x if shares is None else shares, out, fed, len(sources), norm.eps),
+        K=dim,
+        SCALED=norm.weight is not None,
+        SHARED=shares is not None,
+        INNER=power_of_two(dim),
+    )
+    return out
 
 
 def rotate_many(
@@ -305,17 +365,10 @@ def _launch(
     **constants: Any,
 ) -> None:
     options: dict[str, Any] = {"num_warps": 4} if tile is None else {"num_warps": tile.warps, "num_stages": tile.stages}
-    early = _comes_early(x.device) and (tile is None or tile.early)
-    if early:
-        options["launch_pdl"] = True
+    options |= early_launch(x.device, tile is None or tile.early)
+    # Triton launches on the current device.
     with torch.cuda.device_of(x):
-        kernel[grid](*arguments, **constants, EARLY=early, **options)
-
-
-@cache
-def _comes_early(device: torch.device) -> bool:
-    """Whether the device has programmatic dependent launch."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+        kernel[grid](*arguments, **constants, **options)
 
 
 def _scale(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -354,12 +407,12 @@ def kernel_constants(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None
         "N": outer,
         "K": inner,
         **({} if norm is None else {"SCALED": norm.weight is not None}),
-        # The axes of a matrix product: 16 numbers of the first operand, 8 of the second.
-        "ROWS": power_of_two(rows) if tile.kind == "by_row" else max(16 if tile.turned else 8, power_of_two(rows)),
+        # A matrix product wants 8 rows of its second operand.
+        "ROWS": power_of_two(rows) if tile.kind == "by_row" else max(8, power_of_two(rows)),
         "COLUMNS": tile.columns,
         "INNER": tile.inner,
         "KIND": get_args(Kind).index(tile.kind),
-        "TURNED": tile.turned,
+        "PARTS": tile.parts,
         "FLYING": tile.stages,
     }
 

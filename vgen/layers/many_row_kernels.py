@@ -1,4 +1,4 @@
-# ruff: noqa: N803, N806 - constants of a kernel are upper case by custom
+# ruff: noqa: N803, N806, D417 - constants of a kernel are upper case by custom
 """Triton kernels for what lies between the products of a decoding pass of many rows; called by vgen.layers.fused.
 
 A kernel may be there before the one in front of it is done (programmatic dependent launch, ``EARLY``); all of them wait
@@ -31,11 +31,7 @@ def follow(EARLY: tl.constexpr):
 
 
 @triton.jit
-def write_rotated(
-    sums,
-    query,
-    key,
-    value,
+def ask_for_rotation(
     rope,
     cache_rows,
     first_row,
@@ -44,6 +40,39 @@ def write_rotated(
     fed,
     rope_batch,
     rows_batch,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Cosines and sines of projections [ROWS, COLUMNS], joined, and the cache rows [ROWS, 1], for `write_rotated`."""
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    sample = row // fed
+    slot = row - sample * fed
+    target = tl.load(cache_rows + sample * rows_batch + slot, mask=row < rows, other=0)
+    if ROPE:
+        pair = (first + 2 * tl.arange(0, COLUMNS // 2))[None, :]
+        turned = (row < rows) & (pair < (HEADS + KV_HEADS) * HEAD_DIM)
+        both = tl.arange(0, 2)[None, None, :]
+        place = (rope + sample * rope_batch + slot * HEAD_DIM + pair % HEAD_DIM)[:, :, None] + both
+        return tl.load(place, mask=turned[:, :, None], other=1.0 - both), target
+    else:
+        return target, target
+
+
+@triton.jit
+def write_rotated(
+    sums,
+    rotation,
+    query,
+    key,
+    value,
+    first_row,
+    first,
+    rows,
+    fed,
     cache_batch,
     cache_head,
     HEADS: tl.constexpr,
@@ -57,16 +86,10 @@ def write_rotated(
     dtype = query.dtype.element_ty
     N: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     row = first_row + tl.arange(0, ROWS)[:, None]
-    sample = row // fed
-    slot = row - sample * fed
     sums = sums.to(dtype).to(tl.float32)
     if ROPE:
         a, b = tl.split(tl.reshape(sums, [ROWS, COLUMNS // 2, 2]))
-        pair = (first + 2 * tl.arange(0, COLUMNS // 2))[None, :]
-        turned = (row < rows) & (pair < (HEADS + KV_HEADS) * HEAD_DIM)
-        both = tl.arange(0, 2)[None, None, :]
-        place = (rope + sample * rope_batch + slot * HEAD_DIM + pair % HEAD_DIM)[:, :, None] + both
-        cos, sin = tl.split(tl.load(place, mask=turned[:, :, None], other=1.0 - both))
+        cos, sin = tl.split(rotation[0])
         sums = tl.reshape(tl.join(a * cos - b * sin, b * cos + a * sin), [ROWS, COLUMNS])
     out = sums.to(dtype)
     column = (first + tl.arange(0, COLUMNS))[None, :]
@@ -74,8 +97,7 @@ def write_rotated(
     within = column - head * HEAD_DIM
     here = (row < rows) & (column < N)
     tl.store(query + row.to(tl.int64) * (HEADS * HEAD_DIM) + column, out, mask=here & (head < HEADS))
-    target = tl.load(cache_rows + sample * rows_batch + slot, mask=row < rows, other=0)
-    place = sample.to(tl.int64) * cache_batch + target.to(tl.int64) * HEAD_DIM + within
+    place = (row // fed).to(tl.int64) * cache_batch + rotation[1].to(tl.int64) * HEAD_DIM + within
     is_value = head >= HEADS + KV_HEADS
     tl.store(key + place + (head - HEADS).to(tl.int64) * cache_head, out, mask=here & (head >= HEADS) & (~is_value))
     tl.store(value + place + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head, out, mask=here & is_value)
@@ -123,6 +145,46 @@ def norm_many(
     tl.store(normal + place, value.to(dtype), mask=here)
 
 
+@triton.jit(do_not_specialize=["fed", "decided"])
+def norm_gathered(
+    x,
+    scale,
+    sources,
+    shares,
+    out,
+    fed,
+    decided,
+    eps,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    SHARED: tl.constexpr,
+    INNER: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Norm of the slot of x [B, fed, K] that a target is read from, times its share if ``SHARED``; zeros without one.
+
+    Args:
+        sources: int64 [decided], the slots, -1 = none.
+        shares: float32 [decided].
+        out: [B, decided, K]; a program writes one row.
+    """
+    follow(EARLY)
+    dtype = x.dtype.element_ty
+    row = tl.program_id(0)
+    sample = (row // decided).to(tl.int64)
+    target = row % decided
+    source = tl.load(sources + target)
+    inner = tl.arange(0, INNER)
+    value = tl.load(x + (sample * fed + source) * K + inner, mask=(inner < K) & (source >= 0), other=0.0).to(tl.float32)
+    factor = 1.0 / tl.sqrt(tl.sum(value * value, 0) / K + eps)
+    value = (value * factor).to(dtype)
+    if SCALED:
+        value = (value.to(tl.float32) * tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)).to(dtype)
+    if SHARED:
+        value = (value.to(tl.float32) * tl.load(shares + target)).to(dtype)
+    tl.store(out + row.to(tl.int64) * K + inner, value, mask=inner < K)
+
+
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
 def rotate_many(
     projected,
@@ -151,12 +213,7 @@ def rotate_many(
     first_row, first = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
     row = (first_row + tl.arange(0, ROWS))[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
-    sums = tl.load(projected + row.to(tl.int64) * N + column, mask=(row < rows) & (column < N), other=0.0)
-    write_rotated(
-        sums,
-        query,
-        key,
-        value,
+    rotation = ask_for_rotation(
         rope,
         cache_rows,
         first_row,
@@ -165,6 +222,24 @@ def rotate_many(
         fed,
         rope_batch,
         rows_batch,
+        HEADS,
+        KV_HEADS,
+        HEAD_DIM,
+        ROPE,
+        ROWS,
+        COLUMNS,
+    )
+    sums = tl.load(projected + row.to(tl.int64) * N + column, mask=(row < rows) & (column < N), other=0.0)
+    write_rotated(
+        sums,
+        rotation,
+        query,
+        key,
+        value,
+        first_row,
+        first,
+        rows,
+        fed,
         cache_batch,
         cache_head,
         HEADS,

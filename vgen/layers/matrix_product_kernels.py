@@ -1,88 +1,159 @@
 # ruff: noqa: N803, N806, RUF005 - constants of a kernel are upper case by custom; Triton has no starred tuples
-# mypy: disable-error-code="assignment,var-annotated"
-"""The part of the Triton kernels of few rows that runs on matrix units; called by vgen.layers.few_row_kernels."""
+# mypy: disable-error-code="assignment"
+"""The part of the Triton kernels of few rows that runs on matrix units; called by vgen.layers.few_row_kernels.
+
+A sum over a long row is a chain of dependent steps for the matrix units, and a few columns of a weight do not fill
+them. Rows are therefore cut into PARTS: parts of the weight's rows are stacked to the height that the units want, those
+of x side by side, and of the product only the blocks count where a part met itself; their sum is the product.
+"""
 
 import triton
 import triton.language as tl
 
-from vgen.layers.many_row_kernels import follow, let_follow, wait
 
-HELD = tl.constexpr(1)
-STREAMED = tl.constexpr(2)
+@triton.jit
+def weight_line(first, line, N: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row of a weight that a line of a tile is: lines from COLUMNS on belong to a second weight, N rows below."""
+    return first + line % COLUMNS + (line // COLUMNS) * N, first + line % COLUMNS < N
 
 
 @triton.jit
-def _load_tile(
-    base, lines, start, count, COUNTED: tl.constexpr, K: tl.constexpr, INNER: tl.constexpr, DOWN: tl.constexpr
+def _place(lines, part, start, K: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
+    """Where INNER numbers from ``start`` of a part of every line lie in [.., K]: [lines, INNER], and which exist."""
+    inner = start + tl.arange(0, INNER)
+    place = lines[:, None] * K + (part * (K // PARTS))[:, None] + inner[None, :]
+    return place, (inner < K // PARTS)[None, :]
+
+
+@triton.jit
+def _weight_tile(
+    weight,
+    first,
+    start,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """INNER numbers from ``start`` of lines of [count, K]: a tile [lines, INNER], or [INNER, lines] if ``DOWN``."""
-    inner = start + tl.arange(0, INNER)
-    if DOWN:
-        place = base + lines[None, :] * K + inner[:, None]
-        here = (lines < count)[None, :]
-        within = (inner < K)[:, None]
+    """A tile of a weight [N, K], or [2 N, K], [PARTS LINES, INNER]."""
+    stacked = tl.arange(0, PARTS * LINES)
+    line, there = weight_line(first, stacked % LINES, N, COLUMNS)
+    place, within = _place(line, stacked // LINES, start, K, INNER, PARTS)
+    if N % COLUMNS != 0:
+        return tl.load(weight + place, mask=there[:, None] & within, other=0.0)
+    elif (K // PARTS) % INNER != 0:
+        return tl.load(weight + place, mask=within, other=0.0)
     else:
-        place = base + lines[:, None] * K + inner[None, :]
-        here = (lines < count)[:, None]
-        within = (inner < K)[None, :]
-    if K % INNER != 0:
-        return tl.load(place, mask=here & within, other=0.0)
-    elif COUNTED:
-        return tl.load(place, mask=here, other=0.0)
-    else:
-        return tl.load(place)
+        return tl.load(weight + place)
 
 
 @triton.jit
-def _load_scale(scale, start, K: tl.constexpr, INNER: tl.constexpr):
-    """INNER numbers of the learned scale of a norm."""
-    inner = start + tl.arange(0, INNER)
-    if K % INNER == 0:
-        return tl.load(scale + inner)
-    else:
-        return tl.load(scale + inner, mask=inner < K, other=0.0)
-
-
-@triton.jit
-def _scaled(value, factor, DOWN: tl.constexpr):
-    """A tile of x times the learned scale of its norm."""
-    if DOWN:
-        return (value.to(tl.float32) * factor.to(tl.float32)[:, None]).to(value.dtype)
-    else:
-        return (value.to(tl.float32) * factor.to(tl.float32)[None, :]).to(value.dtype)
+def _row_tile(x, start, rows, K: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
+    """A tile of x [rows, K], [INNER, PARTS ROWS]."""
+    line = tl.arange(0, PARTS * ROWS)
+    place, within = _place(line % ROWS, line // ROWS, start, K, INNER, PARTS)
+    return tl.load(x + tl.trans(place), mask=tl.trans((line % ROWS < rows)[:, None] & within), other=0.0)
 
 
 @triton.jit
 def _keep_here(value):
-    """The same two-byte numbers; the compiler does not move what made them behind the way into the matrix units."""
+    """The same two-byte numbers, made here: the compiler does not move the work behind what is waited for next."""
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
-def _multiply(tile, value, out, TURNED: tl.constexpr):
-    """Add the product of tiles of a weight and of x to ``out``, [COLUMNS, ROWS], or [ROWS, COLUMNS] if ``TURNED``."""
-    if TURNED:
-        return tl.dot(value, tile, out, input_precision="ieee")
-    else:
-        return tl.dot(tile, value, out, input_precision="ieee")
+def _scaled(tile, scale, start, K: tl.constexpr, LINES: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
+    """A tile of a weight times the learned scale of the norm in front of it, which x then does without."""
+    stacked = tl.arange(0, PARTS * LINES)
+    place, within = _place(stacked * 0, stacked // LINES, start, K, INNER, PARTS)
+    factor = tl.load(scale + place, mask=within, other=0.0)
+    tile = (tile.to(tl.float32) * factor.to(tl.float32)).to(tile.dtype)
+    if tile.dtype == tl.bfloat16:
+        tile = _keep_here(tile)
+    return tile
 
 
 @triton.jit
-def _add_squares(value, ones, squares, TURNED: tl.constexpr):
-    """Squares of a tile of x, summed by the product with ``ones`` unless they are None."""
-    wide = value.to(tl.float32)
-    if ones is None:
-        return squares + wide * wide
-    else:
-        return _multiply(ones, (wide * wide).to(tl.bfloat16), squares, TURNED)
+def _own(product, squares, eps, K: tl.constexpr, NORM: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr):
+    """Sum [ROWS, LINES] of the blocks of a product [PARTS LINES, PARTS ROWS] where a part met itself.
+
+    With ``NORM`` times the factor of the norm: the sums are linear in it, and it is known only now.
+    """
+    ROWS: tl.constexpr = product.shape[1] // PARTS
+    if PARTS > 1:
+        part = tl.arange(0, PARTS * LINES)[:, None] // LINES
+        product = tl.where(part == tl.arange(0, PARTS * ROWS)[None, :] // ROWS, product, 0.0)
+        product = tl.sum(tl.reshape(product, [PARTS * LINES, PARTS, ROWS]), 1)
+        product = tl.sum(tl.reshape(product, [PARTS, LINES, ROWS]), 0)
+    product = tl.trans(product)
+    if NORM:
+        total = tl.sum(tl.reshape(tl.sum(squares, 0), [PARTS, ROWS]), 0)
+        product = product * (1.0 / tl.sqrt(total / K + eps))[:, None]
+    return product
 
 
 @triton.jit
-def matrix_product(
+def ask_for_tiles(
+    weight,
+    scale,
+    first,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """All tiles of LINES rows of a weight, all loads in flight at once."""
+    tiles = ()
+    for chunk in tl.static_range((K // PARTS + INNER - 1) // INNER):
+        tiles = tiles + (_weight_tile(weight, first, chunk * INNER, N, K, LINES, COLUMNS, INNER, PARTS),)
+    if SCALED:
+        scaled = ()
+        for chunk in tl.static_range((K // PARTS + INNER - 1) // INNER):
+            scaled = scaled + (_scaled(tiles[chunk], scale, chunk * INNER, K, LINES, INNER, PARTS),)
+        tiles = scaled
+    return tiles
+
+
+@triton.jit
+def multiply_tiles(
+    x,
+    weights,
+    rows,
+    eps,
+    K: tl.constexpr,
+    NORM: tl.constexpr,
+    LINES: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    FLYING: tl.constexpr,
+):
+    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with tiles of a weight."""
+    CHUNKS: tl.constexpr = (K // PARTS + INNER - 1) // INNER
+    out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
+    squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
+    values = ()
+    for chunk in tl.static_range(min(FLYING, CHUNKS)):
+        values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS),)
+    for chunk in tl.static_range(CHUNKS):
+        if chunk + FLYING < CHUNKS:
+            values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS),)
+        out = tl.dot(weights[chunk], values[chunk], out, input_precision="ieee")
+        if NORM:
+            squares += values[chunk].to(tl.float32) * values[chunk].to(tl.float32)
+    return _own(out, squares, eps, K, NORM, LINES, PARTS)
+
+
+@triton.jit
+def stream_product(
     x,
     scale,
     weight,
-    second,
     first,
     rows,
     eps,
@@ -90,96 +161,21 @@ def matrix_product(
     K: tl.constexpr,
     NORM: tl.constexpr,
     SCALED: tl.constexpr,
-    GATED: tl.constexpr,
+    LINES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
-    KIND: tl.constexpr,
-    TURNED: tl.constexpr,
-    FLYING: tl.constexpr,
-    EARLY: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Product of x [rows, K] (or its norm) with rows of a weight [N, K], and of a second one if ``GATED``.
-
-    HELD: whole weight tiles are asked for before x is there. STREAMED: FLYING is not used, the loop is pipelined by the
-    compiler. The weight is the second operand if ``TURNED``.
-
-    Returns:
-        Two tensors float32 [ROWS, COLUMNS]; the second means nothing if there is one weight.
-    """
-    columns = first + tl.arange(0, COLUMNS)
-    index = tl.arange(0, ROWS)
-    # Both operands lie along their inner axis in memory.
-    DOWN: tl.constexpr = not TURNED
-    RAGGED: tl.constexpr = N % COLUMNS != 0
-    if TURNED:
-        out = tl.zeros([ROWS, COLUMNS], tl.float32)
-        gate = tl.zeros([ROWS, COLUMNS], tl.float32)
-    else:
-        out = tl.zeros([COLUMNS, ROWS], tl.float32)
-        gate = tl.zeros([COLUMNS, ROWS], tl.float32)
-    # Squares of x are summed by the matrix units where x is in their layout anyway: another one means bank conflicts.
-    # Those of float16 numbers need the range of float32.
-    BY_UNITS: tl.constexpr = KIND == STREAMED and x.dtype.element_ty == tl.bfloat16
-    ones = None
-    if BY_UNITS and TURNED:
-        ones = tl.full([INNER, 8], 1.0, tl.bfloat16)
-        squares = tl.zeros([ROWS, 8], tl.float32)
-    elif BY_UNITS:
-        ones = tl.full([16, INNER], 1.0, tl.bfloat16)
-        squares = tl.zeros([16, ROWS], tl.float32)
-    elif TURNED:
-        squares = tl.zeros([ROWS, INNER], tl.float32)
-    else:
-        squares = tl.zeros([INNER, ROWS], tl.float32)
-    if KIND == HELD:
-        CHUNKS: tl.constexpr = (K + INNER - 1) // INNER
-        let_follow(EARLY)
-        weights, others, factors = (), (), ()
-        for chunk in tl.static_range(CHUNKS):
-            if SCALED:
-                factors = factors + (_load_scale(scale, chunk * INNER, K, INNER),)
-            weights = weights + (_load_tile(weight, columns, chunk * INNER, N, RAGGED, K, INNER, TURNED),)
-            if GATED:
-                others = others + (_load_tile(second, columns, chunk * INNER, N, RAGGED, K, INNER, TURNED),)
-        wait(EARLY)
-        values = ()
-        for chunk in tl.static_range(min(FLYING, CHUNKS)):
-            values = values + (_load_tile(x, index, chunk * INNER, rows, True, K, INNER, DOWN),)
-        for chunk in tl.static_range(CHUNKS):
-            if chunk + FLYING < CHUNKS:
-                values = values + (_load_tile(x, index, (chunk + FLYING) * INNER, rows, True, K, INNER, DOWN),)
-            value = values[chunk]
-            if NORM:
-                squares = _add_squares(value, ones, squares, TURNED)
-                if SCALED:
-                    value = _scaled(value, factors[chunk], DOWN)
-                    if x.dtype.element_ty == tl.bfloat16:
-                        value = _keep_here(value)
-            out = _multiply(weights[chunk], value, out, TURNED)
-            if GATED:
-                gate = _multiply(others[chunk], value, gate, TURNED)
-    else:
-        follow(EARLY)
-        for start in range(0, K, INNER):
-            value = _load_tile(x, index, start, rows, True, K, INNER, DOWN)
-            tile = _load_tile(weight, columns, start, N, RAGGED, K, INNER, TURNED)
-            if NORM:
-                squares = _add_squares(value, ones, squares, TURNED)
-                if SCALED:
-                    value = _scaled(value, _load_scale(scale, start, K, INNER), DOWN)
-            out = _multiply(tile, value, out, TURNED)
-            if GATED:
-                other = _load_tile(second, columns, start, N, RAGGED, K, INNER, TURNED)
-                gate = _multiply(other, value, gate, TURNED)
-    if not TURNED:
-        out, gate = tl.trans(out), tl.trans(gate)
-    if NORM:
-        # The sums are linear in the row's factor, which is known only now.
-        total = tl.sum(squares, 1 if TURNED else 0)
-        if BY_UNITS:
-            # Every line of the product is the whole sum.
-            total = total / (8 if TURNED else 16)
-        norm = (1.0 / tl.sqrt(total / K + eps))[:, None]
-        out, gate = out * norm, gate * norm
-    return out, gate
+    """The same with tiles of a weight [N, K], or [2 N, K], that come in a loop, which the compiler pipelines."""
+    out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
+    squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
+    for start in range(0, K // PARTS, INNER):
+        value = _row_tile(x, start, rows, K, ROWS, INNER, PARTS)
+        tile = _weight_tile(weight, first, start, N, K, LINES, COLUMNS, INNER, PARTS)
+        if NORM:
+            squares += value.to(tl.float32) * value.to(tl.float32)
+        if SCALED:
+            tile = _scaled(tile, scale, start, K, LINES, INNER, PARTS)
+        out = tl.dot(tile, value, out, input_precision="ieee")
+    return _own(out, squares, eps, K, NORM, LINES, PARTS)

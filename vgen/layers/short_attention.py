@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vgen.layers.early_launch import early_launch
+
 _MOST_QUERIES = 64  # per key-value head; more are worth the kernels of PyTorch
 _FEW_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 _TILE_BYTES = 16384  # keys per step: twice two tiles of keys and values stay within the shared memory of three programs
@@ -31,6 +33,8 @@ class Tile:
         stages: one more than tiles in flight; 1 = keys and values of a tile come one after the other.
         span: steps per split of the prefix; 0 = not split.
         early: launched before the kernel in front has ended (programmatic dependent launch).
+        held: tiles of settled rows asked for before the kernel in front has ended.
+        fresh: rows per step of the rows that are not settled; the same step for all rows if none are held.
     """
 
     rows: int
@@ -40,9 +44,13 @@ class Tile:
     stages: int
     span: int = 0
     early: bool = False
+    held: int = 0
+    fresh: int = 0
 
 
-def pick_tile(*, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, row_bytes: int) -> Tile:
+def pick_tile(
+    *, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, row_bytes: int, settled: int = 0
+) -> Tile:
     """How to cut a call with keys of ``row_bytes`` bytes; the rest as in :func:`short_attention`."""
     asked = heads // kv_heads * fed
     queries = min(max(16, _power_of_two(asked)), _MOST_QUERIES)
@@ -50,11 +58,13 @@ def pick_tile(*, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, r
     rows = max(16, _power_of_two(prefix))
     if batch * kv_heads * -(-asked // queries) <= _FEW_PROGRAMS:
         # Too few to fill the device: each has all it can in flight, and a long prefix is shared out.
-        rows = min(rows, fits, 128)
+        rows = min(max(16, _power_of_two(settled or prefix)), fits, 128)
+        held = min(2, -(-settled // rows))
+        fresh = min(64, fits, max(16, _power_of_two(prefix - settled))) if held else 0
         span = 256 // rows if prefix > 512 else 0
         # More queries share their keys among fewer warps: faster on an H100.
         warps = 8 if rows == 128 and queries < 32 else 4
-        return Tile(rows, 1, queries, warps=warps, stages=3, span=span, early=True)
+        return Tile(rows, 1, queries, warps=warps, stages=3, span=span, early=True, held=held, fresh=fresh)
     fits = min(fits, 64)
     rows, shared = min(rows, fits), 1
     while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= fits:
@@ -83,7 +93,13 @@ def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 
 
 def short_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, tile: Tile | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    settled: int = 0,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Scaled dot-product attention for few queries; equal inputs give equal bits.
 
@@ -93,6 +109,8 @@ def short_attention(
         value: like key.
         bias: [F, P], added to the scores; -inf hides; taken as it is if made by
             :func:`vgen.layers.attention.additive_mask`, otherwise copied. A query that sees nothing gives zeros.
+        settled: leading rows that earlier passes wrote: they may be read before the kernel in front has ended, see
+            :func:`vgen.layers.early_launch.early_launch`.
         tile: how the call is cut; None = :func:`pick_tile`.
 
     Returns:
@@ -107,9 +125,12 @@ def short_attention(
         bias = F.pad(bias, (0, _padded(prefix) - prefix))
     if tile is None:
         row_bytes = width * key.element_size()
-        tile = pick_tile(heads=heads, kv_heads=kv_heads, batch=batch, fed=fed, prefix=prefix, row_bytes=row_bytes)
+        sizes = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "fed": fed, "prefix": prefix}
+        tile = pick_tile(**sizes, row_bytes=row_bytes, settled=settled)
+    # Without tiles of their own the other rows are cut like these.
+    settled = settled if tile.held else prefix
     out = query.new_empty(batch, fed, heads * width)
-    steps = -(-prefix // tile.rows)
+    steps = -(-settled // tile.rows)
     splits = -(-steps // tile.span) if tile.span else 1
     target = peaks = sums = out
     if splits > 1:
@@ -119,8 +140,8 @@ def short_attention(
     dim = max(16, _power_of_two(width))
     asked = tile.shared * group * fed
     assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
-    early = tile.early and query.is_cuda
-    launch: dict[str, Any] = {"EARLY": early, **({"launch_pdl": True} if early else {})}
+    assert tile.shared == 1 or not tile.held, "held rows are those of one head"
+    launch: dict[str, Any] = early_launch(query.device, tile.early)
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
         kernels.attend_prefix[(batch * kv_heads // tile.shared, -(-asked // tile.queries), splits)](
@@ -137,6 +158,7 @@ def short_attention(
             0 if bias is None else bias.stride(0),
             fed,
             prefix,
+            settled,
             tile.span if splits > 1 else steps,
             math.log2(math.e) / math.sqrt(width),
             KV_HEADS=kv_heads,
@@ -146,6 +168,8 @@ def short_attention(
             SHARED=tile.shared,
             QUERIES=tile.queries,
             ROWS=tile.rows,
+            HELD=tile.held,
+            FRESH=tile.fresh,
             BIASED=bias is not None,
             SPLIT=splits > 1,
             num_warps=tile.warps,

@@ -1,7 +1,8 @@
 """Triton kernels of attention from few queries to a long prefix; called by vgen.layers.short_attention."""
 
 # Compile-time constants are written in capitals, as Triton does.
-# ruff: noqa: N803, N806, D417
+# ruff: noqa: N803, N806, D417, RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
@@ -9,7 +10,28 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["fed", "prefix", "span"])
+@triton.jit
+def _scores(queries, keys, seen, biases, row, end, asked, scale, BIASED: tl.constexpr):
+    """Scores of a tile of keys in powers of two, -inf where not ``seen``."""
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    if BIASED:
+        extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < end)[None, :], other=0.0)
+        scores += extra.to(tl.float32) * LOG2_E
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def _added(scores, values, peak, total, mixed):
+    """Peak, sum of weights and mixture of values with one more tile of scores."""
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    shrink = tl.exp2(peak - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
+    return higher, total, mixed
+
+
+@triton.jit(do_not_specialize=["fed", "prefix", "settled", "span"])
 def attend_prefix(
     query,
     key,
@@ -30,6 +52,7 @@ def attend_prefix(
     bias_slot,
     fed,
     prefix,
+    settled,
     span,
     scale,
     KV_HEADS: tl.constexpr,
@@ -39,6 +62,8 @@ def attend_prefix(
     SHARED: tl.constexpr,
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
+    HELD: tl.constexpr,
+    FRESH: tl.constexpr,
     BIASED: tl.constexpr,
     SPLIT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -47,6 +72,9 @@ def attend_prefix(
 
     Queries count heads first, then slots. With SHARED > 1 a tile holds ROWS rows of each of the heads, and every query
     is kept to the columns of its own head: queries of several heads fill the rows that the matrix units want.
+
+    With HELD > 0 the first tiles of the rows that earlier passes wrote are asked for before the kernel in front is
+    waited for, and the first tile of those after them with the queries, so that nothing but the queries is waited for.
 
     Args:
         query: [B, KV_HEADS GROUP, fed, WIDTH]; the numbers named after it are its strides.
@@ -58,7 +86,8 @@ def attend_prefix(
         sums: likewise, sums of the weights.
         fed: number of slots.
         prefix: number of rows.
-        span: tiles of ROWS rows per split; at least those of the prefix without SPLIT.
+        settled: rows in front that are cut into tiles of ROWS; the others into tiles of FRESH, all in the last split.
+        span: tiles of ROWS rows per split; at least those of the settled rows without SPLIT.
         scale: factor of the scores, in powers of two.
         DIM: WIDTH rounded up to what the matrix units take.
         EARLY: wait for the kernel in front (programmatic dependent launch).
@@ -67,7 +96,8 @@ def attend_prefix(
     COLUMNS: tl.constexpr = SHARED * ROWS
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+        if HELD == 0:
+            tl.extra.cuda.gdc_wait()
     sample = (tl.program_id(0) // (KV_HEADS // SHARED)).to(tl.int64)
     first = (tl.program_id(0) % (KV_HEADS // SHARED)) * SHARED
     entry = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -75,7 +105,21 @@ def attend_prefix(
     head, slot = entry // fed, entry % fed
     width = tl.arange(0, DIM)
     inside = width < WIDTH
+    column = tl.arange(0, COLUMNS)
+    place = column % ROWS if SHARED > 1 else column
+    keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
+    values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
+    biases = bias + slot[:, None] * bias_slot
+    low = tl.program_id(2) * span
 
+    held, mixtures = (), ()
+    for number in tl.static_range(HELD):
+        row = (low + number) * ROWS + place
+        loaded = (row < settled)[:, None] & inside[None, :]
+        held = held + (tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0),)
+        mixtures = mixtures + (tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0),)
+    if EARLY and HELD > 0:
+        tl.extra.cuda.gdc_wait()
     queries = tl.load(
         query
         + sample * query_batch
@@ -85,38 +129,58 @@ def attend_prefix(
         mask=asked[:, None] & inside[None, :],
         other=0.0,
     )
-    column = tl.arange(0, COLUMNS)
-    place = column % ROWS if SHARED > 1 else column
-    keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
-    values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
-    biases = bias + slot[:, None] * bias_slot
 
     # A finite start: a tile that hides everything must not make 0 / 0 of the rescaling.
     peak = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     mixed = tl.zeros([QUERIES, DIM], tl.float32)
-    low = tl.program_id(2) * span
-    for step in range(low, tl.minimum(low + span, tl.cdiv(prefix, ROWS))):
+    if HELD > 0:
+        # The rows of a pass come after those of earlier ones, so this is mostly all of them.
+        end = tl.where(tl.program_id(2) == tl.num_programs(2) - 1, prefix, settled)
+        last_keys = key + sample * key_batch + first * key_head + width[None, :]
+        last_values = value + sample * value_batch + first * value_head + width[None, :]
+        new = settled + tl.arange(0, FRESH)
+        here = (new < end)[:, None] & inside[None, :]
+        new_keys = tl.load(last_keys + new[:, None] * key_row, mask=here, other=0.0)
+        new_values = tl.load(last_values + new[:, None] * value_row, mask=here, other=0.0)
+        # One maximum and one sum for all tiles that are here.
+        found = ()
+        highest = tl.full([QUERIES, COLUMNS], float("-inf"), tl.float32)
+        for number in tl.static_range(HELD):
+            row = (low + number) * ROWS + place
+            scores = _scores(
+                queries, held[number], (row < settled)[None, :], biases, row, settled, asked, scale, BIASED
+            )
+            highest = tl.maximum(highest, scores)
+            found = found + (scores,)
+        new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
+        peak = tl.maximum(peak, tl.maximum(tl.max(highest, 1), tl.max(new_scores, 1)))
+        new_weights = tl.exp2(new_scores - peak[:, None])
+        mixed = tl.dot(new_weights.to(new_values.dtype), new_values, mixed, input_precision="ieee")
+        together = tl.zeros([QUERIES, COLUMNS], tl.float32)
+        for number in tl.static_range(HELD):
+            weights = tl.exp2(found[number] - peak[:, None])
+            together += weights
+            mixed = tl.dot(weights.to(new_values.dtype), mixtures[number], mixed, input_precision="ieee")
+        total = tl.sum(together, 1) + tl.sum(new_weights, 1)
+        for start in range(settled + FRESH, end, FRESH):
+            new = start + tl.arange(0, FRESH)
+            here = (new < end)[:, None] & inside[None, :]
+            new_keys = tl.load(last_keys + new[:, None] * key_row, mask=here, other=0.0)
+            new_values = tl.load(last_values + new[:, None] * value_row, mask=here, other=0.0)
+            new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
+            peak, total, mixed = _added(new_scores, new_values, peak, total, mixed)
+    for step in range(low + HELD, tl.minimum(low + span, tl.cdiv(settled, ROWS))):
         row = step * ROWS + place
-        there = row < prefix
-        loaded = there[:, None] & inside[None, :]
+        seen = (row < settled)[None, :]
+        loaded = (row < settled)[:, None] & inside[None, :]
         tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
         mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
-        scores = tl.dot(queries, tl.trans(tile), input_precision="ieee") * scale
-        seen = there[None, :]
         if SHARED > 1:
             seen = seen & ((head // GROUP)[:, None] == (column // ROWS)[None, :])
-        if BIASED:
-            # Up to the end of the line, not of the prefix, so that neighbours are loaded together.
-            extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < bias_slot)[None, :], other=0.0)
-            scores += extra.to(tl.float32) * LOG2_E
-        scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(mixture.dtype), mixture, mixed * shrink[:, None], input_precision="ieee")
-        peak = higher
+        # The bias up to the end of its line, not of the rows, so that neighbours are loaded together.
+        scores = _scores(queries, tile, seen, biases, row, bias_slot, asked, scale, BIASED)
+        peak, total, mixed = _added(scores, mixture, peak, total, mixed)
 
     line = (sample * fed + slot) * HEADS + first * GROUP + head
     if SPLIT:

@@ -9,7 +9,7 @@ FEW = 64
 _HELD_BYTES = 512  # of weights in the registers of a thread
 _MOST_WARPS = 8
 
-Product = Literal["project", "wo", "gate", "w2"]
+Product = Literal["project", "wo", "gate", "w2", "read"]
 Kind = Literal["by_row", "held", "streamed"]
 
 
@@ -19,11 +19,12 @@ class Tile:
 
     Attributes:
         kind: by rows of numbers, or by matrix products with the weight held in registers or streamed.
-        columns: rows of the weight per program.
+        columns: of the product per program, each a row of the weight, or of both that are gated.
         inner: numbers of a row that a program takes at a time.
         warps: warps per program.
         stages: tiles in flight, of the weight if streamed, of x if held.
-        turned: whether the weight is the second operand of a matrix product instead of the first.
+        parts: into which a row is cut, side by side in one matrix product; 64 rows of weights in all
+            parts fit Hopper's units.
         early: launched before the kernel in front has ended (programmatic dependent launch).
     """
 
@@ -32,44 +33,48 @@ class Tile:
     inner: int
     warps: int
     stages: int = 1
-    turned: bool = False
+    parts: int = 1
     early: bool = True
 
 
 Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
 """Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
 
-_FEWEST = (4, Tile("by_row", 4, 512, 2))
-# Measured on an H200 at size L (benchmarks/RESULTS.md); above 32 rows the library is as fast or was not timed against.
+_BY_ROW = Tile("by_row", 4, 512, 2)
 _tiles: Tiles = {
     "project": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 16, 256, 4, 4)),
-        (32, Tile("held", 16, 256, 4, 2)),
+        (2, _BY_ROW),
+        (4, _BY_ROW),
+        (8, Tile("held", 16, 256, 4, 1, parts=4)),
+        (16, Tile("held", 16, 256, 4, 1, parts=4)),
+        (32, Tile("held", 16, 128, 4, 1, parts=4)),
         (FEW, None),
     ),
     "wo": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 16, 256, 2, 2)),
-        (32, Tile("held", 16, 256, 4, 2)),
+        (2, _BY_ROW),
+        (4, _BY_ROW),
+        (8, Tile("held", 8, 128, 4, 1, parts=8)),
+        (16, Tile("held", 8, 128, 4, 1, parts=8)),
+        (32, Tile("held", 16, 128, 4, 1, parts=4)),
         (FEW, None),
     ),
     "gate": (
-        _FEWEST,
-        (8, Tile("held", 16, 256, 4, 4)),
-        (16, Tile("held", 16, 256, 2, 2)),
-        (32, Tile("held", 16, 256, 4, 2)),
+        (2, _BY_ROW),
+        (4, _BY_ROW),
+        (8, Tile("held", 8, 256, 4, 1, parts=4)),
+        (16, Tile("held", 8, 256, 4, 1, parts=4)),
+        (32, Tile("held", 8, 128, 4, 1, parts=4)),
         (FEW, None),
     ),
     "w2": (
-        _FEWEST,
-        (8, Tile("held", 8, 256, 4, 4, turned=True)),
-        (16, None),
-        (32, None),
+        (2, _BY_ROW),
+        (4, _BY_ROW),
+        (8, Tile("held", 8, 128, 4, 2, parts=8)),
+        (16, Tile("held", 8, 128, 4, 2, parts=8)),
+        (32, Tile("held", 16, 128, 8, 1, parts=4)),
         (FEW, None),
     ),
+    "read": ((2, _BY_ROW), (4, _BY_ROW), (8, None), (16, None), (32, None), (FEW, None)),
 }
 
 
@@ -99,17 +104,20 @@ def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 23244
     tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
     if tile is None:
         return None
-    warps = tile.warps
+    warps, parts = tile.warps, tile.parts
+    while width % parts:
+        parts //= 2
     if tile.kind != "streamed":
         # Registers bound what a thread can hold of long rows, shared memory what a program can.
         held = tile.columns * width * (4 if product == "gate" else 2)
-        flying = (tile.stages + 1) * max(16, power_of_two(rows)) * tile.inner * 2
+        flying = (tile.stages + 1) * parts * max(16, power_of_two(rows)) * tile.inner * 2
         while warps < _MOST_WARPS and held > _HELD_BYTES * warps * 32:
             warps *= 2
         too_much = held > _HELD_BYTES * warps * 32
         if tile.kind == "held" and (too_much or held + flying > shared_bytes):
-            tile, warps = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2
-    return replace(tile, warps=warps, inner=min(tile.inner, max(16, power_of_two(width))))
+            tile, warps, parts = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2, 1
+    inner = min(tile.inner, max(16, power_of_two(width // parts)))
+    return replace(tile, warps=warps, parts=parts, inner=inner)
 
 
 def power_of_two(number: int) -> int:

@@ -284,7 +284,19 @@ def run_passes(
                 temperature=sampling.temperature,
             )
         elif plainly and isinstance(noise, KeyedNoise) and isinstance(weight, float) and draws_here(logits):
-            tokens = draw_tokens(logits, noise.first, targets, weight=weight, temperature=sampling.temperature)
+            # The kernel writes the tokens where the scatter below would.
+            written = known is None and watch is None
+            tokens = draw_tokens(
+                logits,
+                noise.first,
+                targets,
+                weight=weight,
+                temperature=sampling.temperature,
+                copies=ids.view(branches, batch, -1) if written else None,
+            )
+            if written:
+                index += 1
+                continue
         else:
             if live > 1:
                 share = decided / total if isinstance(decided, int) else 0.0

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgen.layers.early_launch import early_launch
+
 _CHUNK, _CHUNKS = 128, 16  # logits per chunk, chunks per program
 
 
@@ -21,7 +23,13 @@ def draws_here(logits: Tensor) -> bool:
 
 
 def draw_tokens(
-    logits: Tensor, uniform: Tensor, targets: Tensor, *, weight: float = 1.0, temperature: float = 1.0
+    logits: Tensor,
+    uniform: Tensor,
+    targets: Tensor,
+    *,
+    weight: float = 1.0,
+    temperature: float = 1.0,
+    copies: Tensor | None = None,
 ) -> Tensor:
     """Draw one token per target.
 
@@ -31,6 +39,7 @@ def draw_tokens(
         targets: int64 [B, D], order indices.
         weight: w of uncond + w (cond - uncond), in float32; 1 = the conditional branch alone.
         temperature: divides the guided logits, bounded below by 1e-5.
+        copies: int64 [branches, B, n], into which the token of target t is written at column t; None = nowhere.
 
     Returns:
         int64 [B, D]; a token of zero probability is never drawn.
@@ -54,7 +63,10 @@ def draw_tokens(
         "GUIDED": weight != 1.0 and len(logits) == 2 * batch,
         "HEATED": temperature != 1.0,
         "num_warps": 4,
+        **early_launch(logits.device),
     }
+    if copies is not None:
+        assert copies.stride(2) == 1
     # Triton launches on the current device.
     with torch.cuda.device_of(logits):
         kernels.weigh_chunks[(lines, tiles)](logits, peaks, sums, lines, weight, temperature, **same)
@@ -65,14 +77,17 @@ def draw_tokens(
             uniform,
             targets,
             tokens,
+            tokens if copies is None else copies,
             lines,
             decided,
             uniform.stride(0),
             *targets.stride(),
+            *((0, 0) if copies is None else copies.stride()[:2]),
             weight,
             temperature,
             TILES=tiles,
             ALL=1 << (tiles * _CHUNKS - 1).bit_length(),
+            BRANCHES=0 if copies is None else len(copies),
             **same,
         )
     return tokens

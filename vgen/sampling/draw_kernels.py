@@ -6,6 +6,8 @@
 import triton
 import triton.language as tl
 
+from vgen.layers.many_row_kernels import follow
+
 
 @triton.jit
 def _guided(
@@ -41,6 +43,7 @@ def weigh_chunks(
     CHUNKS: tl.constexpr,
     GUIDED: tl.constexpr,
     HEATED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Peak of a tile of CHUNKS chunks of CHUNK logits, and the sum of exponentials of every chunk against it.
 
@@ -51,7 +54,9 @@ def weigh_chunks(
         lines: number of draws.
         weight: of the guidance.
         temperature: divides the guided logits if HEATED.
+        EARLY: wait for the kernel in front (programmatic dependent launch).
     """
+    follow(EARLY)
     line, tile = tl.program_id(0), tl.program_id(1)
     chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
     column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
@@ -62,7 +67,9 @@ def weigh_chunks(
     tl.store(sums + at * CHUNKS + tl.arange(0, CHUNKS), tl.sum(_against(mine, peak), 1))
 
 
-@triton.jit(do_not_specialize=["lines", "targets_sample", "targets_column", "uniform_sample", "decided"])
+@triton.jit(
+    do_not_specialize=["lines", "targets_sample", "targets_column", "uniform_sample", "decided", "copies_sample"]
+)
 def pick_in_chunks(
     logits,
     peaks,
@@ -70,11 +77,14 @@ def pick_in_chunks(
     uniform,
     targets,
     tokens,
+    copies,
     lines,
     decided,
     uniform_sample,
     targets_sample,
     targets_column,
+    copies_branch,
+    copies_sample,
     weight,
     temperature,
     V: tl.constexpr,
@@ -82,8 +92,10 @@ def pick_in_chunks(
     CHUNKS: tl.constexpr,
     TILES: tl.constexpr,
     ALL: tl.constexpr,
+    BRANCHES: tl.constexpr,
     GUIDED: tl.constexpr,
     HEATED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The first token whose cumulative probability exceeds the uniform number: first its chunk, then its place there.
 
@@ -92,12 +104,17 @@ def pick_in_chunks(
         uniform: float64 [B, order indices].
         targets: int64 [B, decided], order indices.
         tokens: int64 [lines], lines = B decided.
+        copies: int64 [BRANCHES, B, n], where the token of target t of a sample goes to column t; the numbers named
+            after it are its strides.
         uniform_sample: stride of the samples.
         targets_sample: likewise.
         targets_column: stride of the targets of a sample.
         TILES: number of tiles.
         ALL: number of chunks of all tiles, rounded up to a power of two.
+        BRANCHES: copies to write; 0 = none.
+        EARLY: as in :func:`weigh_chunks`.
     """
+    follow(EARLY)
     line = tl.program_id(0)
     sample, place = line // decided, line % decided
     target = tl.load(targets + sample * targets_sample + place * targets_column)
@@ -125,3 +142,5 @@ def pick_in_chunks(
     token = tl.min(tl.where((before + tl.cumsum(mass, 0) > threshold) & (mass > 0), column, V), 0)
     token = tl.where(token == V, tl.max(tl.where(mass > 0, column, 0), 0), token)
     tl.store(tokens + line, token.to(tl.int64))
+    for branch in tl.static_range(BRANCHES):
+        tl.store(copies + branch * copies_branch + sample.to(tl.int64) * copies_sample + target, token.to(tl.int64))

@@ -130,6 +130,7 @@ class AdaptiveCourse(Course):
             rows=rows.num_condition + place,
             row_start=-1,
             prefix=rows.num_rows,
+            settled=0,
             mask=mask[:, None],
             targets=self._targets,
             read=Read((shared.expand(batch, -1),), (shared,), (weights,), True),

@@ -85,6 +85,7 @@ def make_plan(
                 rows=rows,
                 row_start=int(rows[0]) if consecutive else -1,
                 prefix=prefix,
+                settled=min(int(rows.min()), prefix),
                 mask=None if bool(visible.all()) else visible,
                 targets=targets,
                 read=_read_of_step(reads, slots, targets, num_heads),

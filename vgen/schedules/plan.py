@@ -10,7 +10,7 @@ in order indices, so that an order drawn per sample only replaces ``order``.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
 from functools import cached_property
 from math import prod
@@ -104,12 +104,17 @@ class Read:
         targets: per head, int64 [r_h], index of the target among the targets of the pass.
         weights: per head, float32 [r_h], one over the number of reads of that target.
         simple: every target has exactly one read, by head 0, and the reads are in target order.
+        sources: per head, int64 [targets], the slot read for every target, -1 = none; empty if a head reads several
+            slots for one target, or every sample its own.
+        shares: per head, float32 [targets], weight of that read.
     """
 
     slots: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
     weights: tuple[Tensor, ...]
     simple: bool
+    sources: tuple[Tensor, ...] = ()
+    shares: tuple[Tensor, ...] = ()
 
     @staticmethod
     def build(reads: Tensor, num_targets: int, num_heads: int) -> "Read":
@@ -124,7 +129,12 @@ class Read:
             targets.append(mine[:, 2])
             weights.append(1.0 / count[mine[:, 2]].float())
         simple = bool((count == 1).all()) and bool((reads[:, 1] == 0).all())
-        return Read(tuple(slots), tuple(targets), tuple(weights), simple)
+        sources, shares = [], []
+        if all(len(mine) == len(mine.unique()) for mine in targets):
+            for slot, mine, weight in zip(slots, targets, weights, strict=True):
+                sources.append(torch.full((num_targets,), -1).scatter(0, mine, slot))
+                shares.append(torch.zeros(num_targets).scatter(0, mine, weight))
+        return Read(tuple(slots), tuple(targets), tuple(weights), simple, tuple(sources), tuple(shares))
 
     def reordered(self, index: Tensor) -> "Read":
         """The read-out of the targets ``index`` int64 [B, N] of every sample, for a simple read of one head."""
@@ -148,6 +158,7 @@ class Forward:
         rows: int64 [F] or [B, F], cache rows their keys and values are written to.
         row_start: first of the rows when they are consecutive, otherwise -1.
         prefix: number of leading cache rows the pass attends over.
+        settled: leading ones of these that no fed slot writes; 0 if that differs between samples.
         mask: bool [F, prefix] or [B, 1, F, prefix], True = visible, or None when every fed slot sees the whole prefix.
         targets: int64 [D] or [B, D], order indices decided by the pass.
         read: where their logits come from.
@@ -158,6 +169,7 @@ class Forward:
     rows: Tensor
     row_start: int
     prefix: int
+    settled: int
     mask: Tensor | None
     targets: Tensor
     read: Read
@@ -175,7 +187,7 @@ class Forward:
             if isinstance(value, Feed):
                 return _mapped(value, repeat)
             if isinstance(value, Read):
-                return Read(tuple(repeat(t) for t in value.slots), value.targets, value.weights, value.simple)
+                return replace(value, slots=tuple(repeat(t) for t in value.slots))
             per_sample = isinstance(value, Tensor) and value.dim() > 1
             return value.repeat(times, *([1] * (value.dim() - 1))) if per_sample else value
 

@@ -1,0 +1,20 @@
+"""Kernels that come before the one in front of them has ended (programmatic dependent launch)."""
+
+from functools import cache
+
+import torch
+
+
+def early_launch(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Options of a Triton kernel with a constant ``EARLY``, launched so where the device can.
+
+    Such a kernel may read what was there when the last plain kernel was launched, and what the kernel in front writes
+    once it has waited for it. Every decoding pass has plain launches: those of PyTorch.
+    """
+    early = wanted and _comes_early(device)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+@cache
+def _comes_early(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
