@@ -40,41 +40,48 @@ class Tile:
 Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
 """Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
 
-_BY_ROW = Tile("by_row", 4, 512, 2)
+# Measured at size L (benchmarks/RESULTS.md); above 32 rows the library is as fast or was not timed against.
 _tiles: Tiles = {
     "project": (
-        (2, _BY_ROW),
-        (4, _BY_ROW),
-        (8, Tile("held", 16, 256, 4, 1, parts=4)),
+        (2, Tile("by_row", 4, 512, 2)),
+        (4, Tile("held", 64, 128, 4, 2)),
+        (8, Tile("held", 64, 128, 4, 2)),
         (16, Tile("held", 16, 256, 4, 1, parts=4)),
-        (32, Tile("held", 16, 128, 4, 1, parts=4)),
+        (32, Tile("held", 64, 128, 4, 1)),
         (FEW, None),
     ),
     "wo": (
-        (2, _BY_ROW),
-        (4, _BY_ROW),
-        (8, Tile("held", 8, 128, 4, 1, parts=8)),
+        (2, Tile("by_row", 4, 1024, 4)),
+        (4, Tile("held", 32, 128, 4, 2, parts=2)),
+        (8, Tile("held", 16, 256, 4, 1, parts=4)),
         (16, Tile("held", 8, 128, 4, 1, parts=8)),
-        (32, Tile("held", 16, 128, 4, 1, parts=4)),
+        (32, Tile("held", 16, 256, 4, 1, parts=4)),
         (FEW, None),
     ),
     "gate": (
-        (2, _BY_ROW),
-        (4, _BY_ROW),
-        (8, Tile("held", 8, 256, 4, 1, parts=4)),
+        (2, Tile("by_row", 4, 512, 2)),
+        (4, Tile("held", 16, 128, 4, 2, parts=2)),
+        (8, Tile("held", 16, 128, 4, 2, parts=2)),
         (16, Tile("held", 8, 256, 4, 1, parts=4)),
-        (32, Tile("held", 8, 128, 4, 1, parts=4)),
+        (32, Tile("held", 32, 128, 4, 1)),
         (FEW, None),
     ),
     "w2": (
-        (2, _BY_ROW),
-        (4, _BY_ROW),
-        (8, Tile("held", 8, 128, 4, 2, parts=8)),
+        (2, Tile("by_row", 8, 1024, 4)),
+        (4, Tile("held", 8, 128, 4, 2, parts=8)),
+        (8, Tile("held", 16, 256, 4, 1, parts=4)),
         (16, Tile("held", 8, 128, 4, 2, parts=8)),
-        (32, Tile("held", 16, 128, 8, 1, parts=4)),
+        (32, Tile("held", 16, 256, 4, 1, parts=4)),
         (FEW, None),
     ),
-    "read": ((2, _BY_ROW), (4, _BY_ROW), (8, None), (16, None), (32, None), (FEW, None)),
+    "read": (
+        (2, Tile("by_row", 4, 512, 2)),
+        (4, Tile("by_row", 4, 512, 2)),
+        (8, None),
+        (16, None),
+        (32, None),
+        (FEW, None),
+    ),
 }
 
 
