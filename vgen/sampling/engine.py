@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,7 +67,7 @@ class GraphRecorder:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool, stream=_recording_stream(device)):
                     result = run()
             except RuntimeError as error:
                 # Ending a capture that ran out of memory fails too and hides why.
@@ -81,6 +81,12 @@ class GraphRecorder:
             return result
 
         return replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Recorded kernels keep the priority of this stream wherever they are replayed: they go before a pixel decoder's."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,9 @@ class LongPipeline(Pipeline):
         """Frames of a sample."""
         return self.length
 
-    def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
-        """Pixels float32 [B, 3, num_frames, H, W], not clamped."""
-        clips, number = super().generate_pixels(labels, sample_index, sampling), 0
+    def decode_pixels(self, ids: Tensor, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Pixels float32 [B, 3, num_frames, H, W], not clamped; the ids are those of the first window."""
+        clips, number = super().decode_pixels(ids, labels, sample_index, sampling), 0
         while clips.shape[2] < self.length:
             number += 1
             # Every window draws from numbers of its own.
