@@ -85,7 +85,7 @@ class GraphRecorder:
 
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """Recorded kernels keep the priority of this stream wherever they are replayed: they go before a pixel decoder's."""
+    """Recorded kernels keep the priority of this stream wherever they are replayed, above that of a pixel decoder."""
     return torch.cuda.Stream(device, priority=-1)
 
 

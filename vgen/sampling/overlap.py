@@ -1,8 +1,8 @@
 """Where the two parts of a batch run: tokens, then pixels, in turn, or beside those of its neighbours on a GPU.
 
-Deciding tokens moves bytes and a convolutional decoder multiplies, so that a GPU does both at once in less time than one
-after the other: while the pixels of a batch are decoded on one stream, the tokens of the next are decided on another of
-higher priority, and a third copies finished samples to the host.
+Deciding tokens moves bytes and a convolutional decoder multiplies, so that a GPU can do both at once in less time than
+one after the other: while the pixels of a batch are decoded on one stream, the tokens of the next are decided on a
+second one of higher priority, and a third copies finished samples to the host.
 """
 
 from collections.abc import Callable

@@ -333,17 +333,16 @@ def sample_stream(
         size, position, ahead = batch_size, 0, lanes.ahead
         started: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
         failure: Exception | None = None
-        while started or position < len(mine):
-            if failure is None and position < len(mine) and len(started) <= ahead:
+        while started or (position < len(mine) and failure is None):
+            if position < len(mine) and len(started) <= ahead and failure is None:
                 index, fits = mine[position : position + size], True
                 try:
                     started.append((index, _start(pipeline, lanes, labels[index], index, sampling)))
-                except Exception as error:
-                    fits = not (isinstance(error, RuntimeError) and _out_of_memory(error))
-                    failure = error if fits else None
-                if failure is None and fits:
                     position += len(index)
-                elif failure is None:
+                except Exception as error:
+                    fits = not _out_of_memory(error)
+                    failure = error if fits else None
+                if not fits:
                     # Outside of the handler, whose traceback would keep the failed batch alive.
                     lanes.wait()
                     pipeline.free_memory()
@@ -354,8 +353,6 @@ def sample_stream(
                     else:
                         size, ahead = (len(index) + 1) // 2, lanes.ahead
                 continue
-            if not started:
-                break
             index, ready = started.popleft()
             images = ready()
             if size < batch_size and not split_batches:
@@ -366,6 +363,7 @@ def sample_stream(
             bar.update(len(index))
             yield SampleBatch(index, labels[index], images)
         if failure is not None:
+            # Only now: what was started before it is finished.
             raise failure
 
 
@@ -377,5 +375,6 @@ def _start(pipeline: Pipeline, lanes: Lanes, labels: Tensor, index: Tensor, samp
     )
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: Exception) -> bool:
+    on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_host or isinstance(error, torch.OutOfMemoryError)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.norm_swish import GroupNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -54,6 +55,9 @@ class PixelDecoder:
             for parameter in tokenizer.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            for module in tokenizer.modules():
+                if isinstance(module, GroupNorm):
+                    module.fused = True
         decode = tokenizer.decode_samples
         self._decode = torch.compile(decode, dynamic=False) if settings.compile else decode
         self._compiled_for = 0
