@@ -101,7 +101,6 @@ def test_the_fast_settings_change_pixels_by_rounding_only_on_a_gpu(compiled):
     decode = PixelDecoder(tokenizer, PixelSettings("bfloat16", channels_last=True, compile=compiled))
     index = torch.arange(8, device="cuda")
     fast = decode(ids, index, 0)
-    assert (fast - expected).norm() / expected.norm() < 2e-2
-
+    assert 0 < relative(fast, expected) < 1.5 * usual < 0.15
     assert tokenizer.decoder.norm_out.fused
     assert torch.equal(decode(ids, index, 0), fast)

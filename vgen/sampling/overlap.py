@@ -117,7 +117,8 @@ class SideBySide:
         on_host = buffer[: samples.numel()].view(samples.shape)
         with torch.cuda.stream(self._copies):
             on_host.copy_(samples, non_blocking=True)
-            copied = self._copies.record_event()
+            # Blocking leaves the core to those who write files.
+            copied = self._copies.record_event(torch.cuda.Event(blocking=True))
         held = [tokens, samples]
 
         def ready() -> Tensor:

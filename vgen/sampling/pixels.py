@@ -83,6 +83,5 @@ class PixelDecoder:
 
 
 def _filled(tensor: Tensor, count: int) -> Tensor:
-    """Its last row repeated until there are ``count``."""
-    missing = count - len(tensor)
-    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
+    """Its last row repeated until there are ``count``; always new, since compiled code is one for inference tensors."""
+    return tensor[torch.arange(count, device=tensor.device).clamp(max=len(tensor) - 1)]
