@@ -3,10 +3,10 @@
     python -m benchmarks.end_to_end --size L --batch 256 --samples 2048 --pixels bfloat16 --channels-last
 
 Random weights; the tokenizer is LlamaGen's VQ-16; take a multiple of the batch as samples. Each part is timed alone
-over a few batches (pixels until they are uint8 on the host), then the whole, as sample.py runs it. `in turn` is what the
-parts give one after the other, computed from the two; `both` the share of the whole's time during which both were under
-way on the device; the last column says how much of the slower part's speed the whole reaches. `--profile` prints what
-the device spends its time on for the pixels of a batch.
+over a few batches (pixels until they are uint8 on the host), then the whole, as sample.py runs it. `in turn` is what
+the parts give one after the other, computed from the two; `both` the share of the whole's time during which both were
+under way on the device; the last column says how much of the slower part's speed the whole reaches. `--profile` prints
+what the device spends its time on for the pixels of a batch.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from vgen.pixels import to_uint8
 from vgen.processes import Processes
 from vgen.sampling import store as store_module
 from vgen.sampling.job import run_sampling
+from vgen.sampling.overlap import InTurn
 from vgen.sampling.pipeline import Pipeline, make_labels
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, grid_order
@@ -59,7 +60,9 @@ def test_batch_size_changes_nothing(pipeline, tmp_path):
     assert np.array_equal(one, two)
 
 
-def test_a_killed_run_goes_on_without_repeating_finished_samples(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_killed_run_goes_on_without_repeating_finished_samples(pipeline, tmp_path, monkeypatch, ahead):
+    monkeypatch.setattr(InTurn, "ahead", ahead)
     whole = tmp_path / "whole"
     run(pipeline, whole)
     write, written = SampleStore.write, []

@@ -123,9 +123,12 @@ def test_kernels_compile_for_hopper_without_spilling():
             names = kernel.arg_names
             types = {n: "constexpr" if n in constants else (floats | halves).get(n, "i32") for n in names}
             values = {(names.index(n),): v for n, v in constants.items() if n in names}
-            even = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if types[n].startswith("*")}
+            whole = [i for i, n in enumerate(names) if types[n].startswith("*") or n == "count"]
+            even = {(i,): [["tt.divisibility", 16]] for i in whole}
             source = ASTSource(kernel, types, values, even)
             code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
             assert ".local" not in code
             if kernel in (kernels.sum_groups, kernels.apply_scales, kernels.add_biased):
-                assert ".v4.b32" in code
+                assert "ld.global.v4.b32" in code
+            if kernel in (kernels.apply_scales, kernels.add_biased):
+                assert "st.global.v4.b32" in code

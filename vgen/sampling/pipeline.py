@@ -348,6 +348,7 @@ def sample_stream(
                     pipeline.free_memory()
                     if started:
                         ahead = 0
+                        bar.set_postfix_str("tokens and pixels in turn: memory")
                     elif len(index) == 1:
                         raise UserError("a single sample does not fit in memory; use dtype=bfloat16 or a larger device")
                     else:
