@@ -118,7 +118,7 @@ def test_kernels_compile_for_hopper_without_spilling():
     halves = dict.fromkeys(("x", "out", "bias", "weight", "shift", "branch"), "*bf16")
     for channels in (128, 512):
         constants = {"CHANNELS": channels, "GROUPS": 32, "ROWS": 8192 // channels, "BIASED": True, "CHUNKS": 64}
-        constants |= {"TILES": 4, "SWISH": True, "BLOCK": 8192}
+        constants |= {"STEPS": 16, "TILES": 4, "SWISH": True, "BLOCK": 8192}
         for kernel in (kernels.sum_groups, kernels.make_scales, kernels.apply_scales, kernels.add_biased):
             names = kernel.arg_names
             types = {n: "constexpr" if n in constants else (floats | halves).get(n, "i32") for n in names}

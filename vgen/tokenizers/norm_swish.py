@@ -17,7 +17,7 @@ from vgen.layers.fused import why_not
 from vgen.layers.tiles import power_of_two
 
 _NUMBERS = 8192  # per tile
-_MOST_CHANNELS, _MOST_CHUNKS, _TILES = 1024, 64, 4
+_MOST_CHANNELS, _MOST_CHUNKS, _LEAST_SPAN, _TILES = 1024, 64, 256, 4
 
 
 class GroupNorm(nn.GroupNorm):
@@ -83,8 +83,8 @@ def _normalised(norm: GroupNorm, x: Tensor, bias: Tensor | None, *, swish: bool)
     kernels = _kernels()
     batch, channels, positions = len(x), x.shape[1], x.shape[2] * x.shape[3]
     rows = _NUMBERS // channels
-    span = max(256, -(-positions // _MOST_CHUNKS))
-    chunks = -(-positions // span)
+    steps = -(-max(_LEAST_SPAN, -(-positions // _MOST_CHUNKS)) // rows)
+    chunks = -(-positions // (rows * steps))
     sums = torch.empty(batch, chunks, 2, norm.num_groups, dtype=torch.float32, device=x.device)
     scales = torch.empty(batch, 2, channels, dtype=torch.float32, device=x.device)
     out = torch.empty_like(x)
@@ -92,7 +92,7 @@ def _normalised(norm: GroupNorm, x: Tensor, bias: Tensor | None, *, swish: bool)
     sizes = {"GROUPS": norm.num_groups, "BIASED": bias is not None, **same}
     # Triton launches on the current device.
     with torch.cuda.device_of(x):
-        kernels.sum_groups[(batch, chunks)](x, offset, sums, positions, span, ROWS=rows, **sizes)
+        kernels.sum_groups[(batch, chunks)](x, offset, sums, positions, ROWS=rows, STEPS=steps, **sizes)
         kernels.make_scales[(batch,)](
             sums, norm.weight, norm.bias, offset, scales, chunks, positions, norm.eps, CHUNKS=_MOST_CHUNKS, **sizes
         )

@@ -16,25 +16,28 @@ def sum_groups(
     bias,
     sums,
     positions,
-    span,
     CHANNELS: tl.constexpr,
     GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
     BIASED: tl.constexpr,
 ):
-    """Sums and sums of squares of x + bias by group, float32 [B, chunks, 2, GROUPS]; a program per sample and chunk."""
+    """Sums and sums of squares of x + bias by group, float32 [B, chunks, 2, GROUPS].
+
+    A program takes a sample and a chunk of STEPS * ROWS positions.
+    """
     sample, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     rows, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
-    first, last = chunk * span, tl.minimum((chunk + 1) * span, positions)
     x += sample * positions * CHANNELS
     offset = tl.zeros([CHANNELS], tl.float32)
     if BIASED:
         offset = tl.load(bias + channels).to(tl.float32)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
     squares = tl.zeros([ROWS, CHANNELS], tl.float32)
-    for start in range(first, last, ROWS):
-        inside = (start + rows)[:, None] < last
-        value = tl.load(x + (start + rows)[:, None] * CHANNELS + channels, mask=inside, other=0.0).to(tl.float32)
+    for step in range(STEPS):
+        row = (chunk * STEPS + step) * ROWS + rows
+        inside = row[:, None] < positions
+        value = tl.load(x + row[:, None] * CHANNELS + channels, mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value + offset, 0.0)
         total += value
         squares += value * value
