@@ -117,20 +117,20 @@ def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
 
 
 def score(pipeline, extractor: Extractor, known: dict[str, Gaussian], scale: float, count: int, arguments) -> dict:
-    """Distance to the training pictures, accuracy and speed of ``count`` samples at one guidance scale."""
+    """Distance to the training pictures, accuracy and speed, features included, of samples at one guidance scale."""
     guidance = Guidance(scale=scale, schedule=arguments.schedule, power=arguments.power)
     labels = make_labels("balanced", count, pipeline.num_classes, seed=0)
-    collected, hits, shown, seconds = FeatureStatistics(extractor.dim, extractor.device), 0, [], 0.0
+    collected, hits, shown = FeatureStatistics(extractor.dim, extractor.device), 0, []
     stream = sample_stream(pipeline, labels, Sampling(guidance=guidance), batch_size=arguments.batch_size)
     start = time.perf_counter()
     for batch in stream:
-        seconds += time.perf_counter() - start
         features, logits = extractor(batch.images)
         collected.update(features)
         hits += int((logits.argmax(-1).cpu() == batch.labels).sum()) if logits is not None else 0
         if len(shown) < 1:
             shown.append(batch)
-        start = time.perf_counter()
+    # The next batch is under way while features are taken: the two cannot be told apart.
+    seconds = time.perf_counter() - start
     index, columns = grid_order(shown[0].labels, pipeline.num_classes, 100)
     save_grid(shown[0].images[index], Path(arguments.pictures) / f"samples_{scale}.png", columns=columns, scale=2)
     fd = frechet_distance(collected.gaussian(), known["train"])

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from vgen.checkpoints.convert import load_strict
 from vgen.checkpoints.llamagen_vq import to_ours, to_published
 from vgen.pixels import resize_pixels, to_uint8
-from vgen.tokenizers.convnet import AttnBlock, Downsample, ResBlock, Upsample, group_norm
+from vgen.tokenizers.convnet import AttnBlock, Downsample, ResBlock, Upsample
+from vgen.tokenizers.norm_swish import group_norm
 from vgen.tokenizers.quantize import VectorQuantizer
 from vgen.tokenizers.vqgan import VQGAN
 

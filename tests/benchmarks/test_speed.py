@@ -86,8 +86,33 @@ def test_commands_print_a_row_per_measurement(capsys):
     small = ["--channels", "8", "--batch", "2", "--steps", "1", "--device", "cpu"]
     train_tokenizer.main([*small, "--variants", "eager"])
     assert "| vq_32 | 2 | eager |" in capsys.readouterr().out
-    end_to_end.main([*tiny, "--image-size", "32", "--channels", "32", "--batch", "2", "--samples", "3"])
-    assert "| neighboring | 2 | auto | float32 |" in capsys.readouterr().out
+    end_to_end.main([*tiny, "--image-size", "32", "--channels", "32", "--batch", "2", "--samples", "3", "--profile"])
+    printed = capsys.readouterr()
+    assert "| neighboring | 2 | auto | float32 |" in printed.out
+    assert "aten::silu" in printed.err
+
+
+def test_time_during_which_both_parts_ran():
+    assert end_to_end.shared([(0.0, 2.0), (2.0, 5.0)], [(1.0, 3.0), (4.0, 9.0)]) == 3.0
+    assert end_to_end.shared([(0.0, 1.0)], [(1.0, 2.0)]) == 0.0
+
+
+def test_parts_are_noted_while_asked_for():
+    class Parts:
+        device = torch.device("cpu")
+
+        def generate_ids(self, value):
+            return value + 1
+
+        def finish(self, value):
+            return value * 2
+
+    parts = Parts()
+    with end_to_end.timed(parts) as spans:
+        assert parts.finish(parts.generate_ids(3)) == 8
+        tokens, pixels = spans()
+    assert tokens[0][0] <= tokens[0][1] <= pixels[0][0] <= pixels[0][1]
+    assert vars(parts) == {}
 
 
 def test_clips_are_decoded_by_nar_l_for_video():

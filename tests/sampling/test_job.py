@@ -11,6 +11,7 @@ from vgen.pixels import to_uint8
 from vgen.processes import Processes
 from vgen.sampling import store as store_module
 from vgen.sampling.job import run_sampling
+from vgen.sampling.overlap import InTurn
 from vgen.sampling.pipeline import Pipeline, make_labels
 from vgen.sampling.settings import Sampling
 from vgen.sampling.store import SampleStore, grid_order
@@ -59,7 +60,9 @@ def test_batch_size_changes_nothing(pipeline, tmp_path):
     assert np.array_equal(one, two)
 
 
-def test_a_killed_run_goes_on_without_repeating_finished_samples(pipeline, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_killed_run_goes_on_without_repeating_finished_samples(pipeline, tmp_path, monkeypatch, ahead):
+    monkeypatch.setattr(InTurn, "ahead", ahead)
     whole = tmp_path / "whole"
     run(pipeline, whole)
     write, written = SampleStore.write, []
@@ -103,7 +106,7 @@ def test_full_disk_is_noticed_before_sampling(pipeline, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_module.os, "posix_fallocate", full)
-    monkeypatch.setattr(type(pipeline), "generate", lambda *_: pytest.fail("sampled before the disk was checked"))
+    monkeypatch.setattr(type(pipeline), "generate_ids", lambda *_: pytest.fail("sampled before the disk was checked"))
     with pytest.raises(UserError, match="No space left"):
         run(pipeline, tmp_path / "a")
 
@@ -162,11 +165,11 @@ class SmallMemory:
     def __getattr__(self, name):
         return getattr(self.pipeline, name)
 
-    def generate(self, labels, index, sampling):
+    def generate_ids(self, labels, index, sampling):
         self.sizes.append(len(labels))
         if len(labels) > self.largest:
             raise torch.OutOfMemoryError("out of memory")
-        return self.pipeline.generate(labels, index, sampling)
+        return self.pipeline.generate_ids(labels, index, sampling)
 
     def free_memory(self):
         self.freed += 1
@@ -193,6 +196,6 @@ def test_other_failures_are_not_taken_for_a_lack_of_memory(pipeline, tmp_path, m
     def broken(*arguments):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(pipeline, "generate", broken)
+    monkeypatch.setattr(pipeline, "generate_ids", broken)
     with pytest.raises(RuntimeError, match="shape mismatch"):
         run(pipeline, tmp_path / "a")

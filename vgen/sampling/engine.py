@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,7 +67,7 @@ class GraphRecorder:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             try:
-                with torch.cuda.graph(graph, pool=self._pool):
+                with torch.cuda.graph(graph, pool=self._pool, stream=_recording_stream(device)):
                     result = run()
             except RuntimeError as error:
                 # Ending a capture that ran out of memory fails too and hides why.
@@ -81,6 +81,12 @@ class GraphRecorder:
             return result
 
         return replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Recorded kernels keep the priority of this stream wherever they are replayed, above that of a pixel decoder."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 @dataclass(frozen=True)
@@ -195,17 +201,26 @@ class Decoder:
 
     def forget(self) -> None:
         """Drop all recordings and the memory they hold."""
+        self._wait()
         self._recordings.clear()
         self._record = self._own_record or GraphRecorder()
         if self.generator.device.type == "cuda":
             with torch.cuda.device(self.generator.device):
                 torch.cuda.empty_cache()
 
+    def _wait(self) -> None:
+        """Until no recording is being replayed, so that it may be dropped."""
+        if self.generator.device.type == "cuda":
+            torch.cuda.synchronize(self.generator.device)
+
     def _make(
         self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None, num_passes: int | None
     ) -> Recording:
         held = [key for key, recording in self._recordings.items() if recording is not None]
-        for key in held[: max(0, len(held) + 1 - self._largest)]:
+        dropped = held[: max(0, len(held) + 1 - self._largest)]
+        if dropped:
+            self._wait()
+        for key in dropped:
             self._recordings[key] = None
         inputs = Request(**{name: value.clone() for name, value in request.tensors().items()})
         return Recording(

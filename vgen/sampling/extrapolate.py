@@ -9,6 +9,7 @@ from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
 from vgen.sampling.decode import Watch
 from vgen.sampling.engine import Decoder, Engine
+from vgen.sampling.overlap import upload
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.pixels import PixelSettings
 from vgen.sampling.settings import Sampling, SpatialGuidance
@@ -95,7 +96,7 @@ class ExtrapolatingPipeline(Pipeline):
     ) -> Tensor:
         """Decode ids int64 [B, N factor^2]; arguments as in the base class, ``watch`` sees the fine grid."""
         self.check_labels(labels)
-        labels, sample_index = labels.to(self.device), sample_index.to(self.device)
+        labels, sample_index = upload(labels, self.device), upload(sample_index, self.device)
         coarse = self.coarse_decoder(labels, sampling=sampling, sample_index=sample_index)
         ids, known = spread(coarse, self.coarse_plan.grid, self.extrapolation.factor)
         return self.decoder(

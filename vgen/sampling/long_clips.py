@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.sampling.decode import decode
+from vgen.sampling.overlap import upload
 from vgen.sampling.pipeline import Pipeline
 from vgen.sampling.settings import Sampling
 from vgen.schedules.plan import Plan
@@ -65,9 +66,9 @@ class LongPipeline(Pipeline):
         """Frames of a sample."""
         return self.length
 
-    def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
-        """Pixels float32 [B, 3, num_frames, H, W], not clamped."""
-        clips, number = super().generate_pixels(labels, sample_index, sampling), 0
+    def decode_pixels(self, ids: Tensor, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Pixels float32 [B, 3, num_frames, H, W], not clamped; the ids are those of the first window."""
+        clips, number = super().decode_pixels(ids, labels, sample_index, sampling), 0
         while clips.shape[2] < self.length:
             number += 1
             # Every window draws from numbers of its own.
@@ -79,7 +80,7 @@ class LongPipeline(Pipeline):
     def _continued(self, frames: Tensor, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """The window float32 [B, 3, T, H, W] that begins with frames [B, 3, overlap, H, W]."""
         known_ids = known = None
-        condition, plan = labels.to(self.device), self.plan
+        condition, plan = upload(labels, self.device), self.plan
         if self.start is not None:
             condition = self.frame_tokens(frames)
         else:
@@ -92,11 +93,11 @@ class LongPipeline(Pipeline):
             plan,
             condition,
             sampling=sampling,
-            sample_index=sample_index.to(self.device),
+            sample_index=upload(sample_index, self.device),
             known_ids=known_ids,
             known=known,
         )
-        return self.pixel_decoder(ids, sample_index.to(ids.device), sampling.seed)
+        return self.pixel_decoder(ids, upload(sample_index, ids.device), sampling.seed)
 
 
 def default_overlap(tokenizer: Causal3D, window: int) -> int:

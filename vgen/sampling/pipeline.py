@@ -1,6 +1,7 @@
 """From labels or first frames to pictures and clips: the only place where generator and tokenizer meet."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from vgen.sampling.decode import Watch
 from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.first_frames import Start
 from vgen.sampling.given import Given
+from vgen.sampling.overlap import Lanes, lanes_of, upload
 from vgen.sampling.pixels import PixelDecoder, PixelSettings
 from vgen.sampling.prefix import passes_for
 from vgen.sampling.settings import Sampling
@@ -133,7 +135,7 @@ class Pipeline:
         """The frames that samples int64 [B] go on from, float32 [B, 3, given_frames, S, S] in [-1, 1]."""
         assert self.start is not None
         frames = self.start.frames(sample_index.cpu(), count=self.given_frames, size=self.tokenizer.image_size)
-        return from_uint8(frames).to(self.device)
+        return upload(from_uint8(frames), self.device)
 
     def frame_tokens(self, frames: Tensor) -> Tensor:
         """The condition int64 [B, N] that says how a clip begins: frames float [B, 3, given_frames, S, S]."""
@@ -152,9 +154,9 @@ class Pipeline:
         given = self.given
         condition = labels if self.start is None else self.frame_tokens(self.first_frames(sample_index))
         ids = self.decoder(
-            condition.to(self.device),
+            upload(condition, self.device),
             sampling=sampling,
-            sample_index=sample_index.to(self.device),
+            sample_index=upload(sample_index, self.device),
             known_ids=None if given is None else given.ids.expand(len(labels), -1),
             known=None if given is None else given.known.expand(len(labels), -1),
             num_passes=self.num_passes,
@@ -164,9 +166,12 @@ class Pipeline:
 
     def generate_pixels(self, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
         """Pixels float32 [B, 3, H, W] or [B, 3, T, H, W] as the tokenizer decodes them, not clamped."""
-        ids = self.generate_ids(labels, sample_index, sampling)
+        return self.decode_pixels(self.generate_ids(labels, sample_index, sampling), labels, sample_index, sampling)
+
+    def decode_pixels(self, ids: Tensor, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Pixels as of :meth:`generate_pixels` of ids that :meth:`generate_ids` gave for the same arguments."""
         tokens, text = self.for_tokenizer(ids, labels)
-        pixels = self.pixel_decoder(tokens, sample_index.to(ids.device), sampling.seed, text)
+        pixels = self.pixel_decoder(tokens, upload(sample_index, ids.device), sampling.seed, text)
         if self.start is not None and self.start.paste:
             pixels[:, :, : self.given_frames] = self.first_frames(sample_index)
         return pixels
@@ -175,7 +180,9 @@ class Pipeline:
         """Tokens of :meth:`generate_ids` as the tokenizer decodes them, and the text it is told of labels [B]."""
         condition, head, text = self.generator.condition, self.generator.latent_head, None
         if isinstance(condition, JointText) and self.tokenizer.text_length:
-            text = condition.decoder_features(labels.to(tokens.device))
+            # Looked up on the host: labels on the device would have to come back first.
+            features = condition.decoder_features(labels.cpu())
+            text = None if features is None else upload(features, tokens.device)
         return (tokens if head is None else tokens / head.latent_scale), text
 
     @torch.inference_mode()
@@ -185,7 +192,12 @@ class Pipeline:
         Returns:
             uint8 [B, 3, H, W], or [B, 3, T, H, W] of a tokenizer of clips.
         """
-        pixels = self.generate_pixels(labels, sample_index, sampling)
+        return self.finish(self.generate_ids(labels, sample_index, sampling), labels, sample_index, sampling)
+
+    @torch.inference_mode()
+    def finish(self, ids: Tensor, labels: Tensor, sample_index: Tensor, sampling: Sampling) -> Tensor:
+        """Samples as of :meth:`generate` of ids that :meth:`generate_ids` gave for the same arguments."""
+        pixels = self.decode_pixels(ids, labels, sample_index, sampling)
         if self.picture_size != pixels.shape[-1]:
             resized = resize_pixels(frames_of(pixels), self.picture_size)
             pixels = resized if pixels.dim() == 4 else resized.unflatten(0, (len(pixels), -1)).transpose(1, 2)
@@ -194,6 +206,7 @@ class Pipeline:
     def free_memory(self) -> None:
         """Give the device's memory back that only makes the next batch faster."""
         self.decoder.forget()
+        self.pixel_decoder.forget()
 
 
 def check_decoder_text(condition: JointText, tokenizer: Tokenizer) -> None:
@@ -295,7 +308,9 @@ def sample_stream(
 ) -> Iterator[SampleBatch]:
     """Generate this process's share of the samples, batch by batch.
 
-    Sample i belongs to process i mod world size; its picture depends only on (seed, i, label).
+    Sample i belongs to process i mod world size; its picture depends only on (seed, i, label). On a GPU the tokens of a
+    batch are decided while the pixels of the one before are decoded, see :mod:`vgen.sampling.overlap`; where memory
+    does not hold both, the parts take turns.
 
     Args:
         pipeline: generator and tokenizer.
@@ -313,31 +328,54 @@ def sample_stream(
     mine = torch.arange(rank(), len(labels), world_size())
     if done is not None:
         mine = mine[~done[mine]]
-    with progress_bar("sampling", total=len(mine), unit="img" if pipeline.num_frames is None else "clip") as bar:
-        size, position = batch_size, 0
-        while position < len(mine):
-            index, images = mine[position : position + size], None
-            try:
-                images = pipeline.generate(labels[index], index, sampling).cpu()
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-            if images is None:
-                # Outside of the handler, whose traceback would keep the failed batch alive.
-                pipeline.free_memory()
-                if len(index) == 1:
-                    raise UserError("a single sample does not fit in memory; use dtype=bfloat16 or a larger device")
-                size = (len(index) + 1) // 2
+    unit = "img" if pipeline.num_frames is None else "clip"
+    with progress_bar("sampling", total=len(mine), unit=unit) as bar, lanes_of(pipeline.device) as lanes:
+        size, position, ahead = batch_size, 0, lanes.ahead
+        started: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
+        failure: Exception | None = None
+        while started or (position < len(mine) and failure is None):
+            if position < len(mine) and len(started) <= ahead and failure is None:
+                index, fits = mine[position : position + size], True
+                try:
+                    started.append((index, _start(pipeline, lanes, labels[index], index, sampling)))
+                    position += len(index)
+                except Exception as error:
+                    fits = not _out_of_memory(error)
+                    failure = error if fits else None
+                if not fits:
+                    # Outside of the handler, whose traceback would keep the failed batch alive.
+                    lanes.wait()
+                    pipeline.free_memory()
+                    if started:
+                        ahead = 0
+                        bar.set_postfix_str("tokens and pixels in turn: memory")
+                    elif len(index) == 1:
+                        raise UserError("a single sample does not fit in memory; use dtype=bfloat16 or a larger device")
+                    else:
+                        size, ahead = (len(index) + 1) // 2, lanes.ahead
                 continue
+            index, ready = started.popleft()
+            images = ready()
             if size < batch_size and not split_batches:
                 raise UserError(
                     f"batch_size={batch_size} does not fit in memory, batch_size={size} does (found by halving); set "
                     "that, or split_batches=true to have batches split as needed"
                 )
-            position += len(index)
             bar.update(len(index))
             yield SampleBatch(index, labels[index], images)
+        if failure is not None:
+            # Only now: what was started before it is finished.
+            raise failure
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@torch.inference_mode()
+def _start(pipeline: Pipeline, lanes: Lanes, labels: Tensor, index: Tensor, sampling: Sampling) -> Callable[[], Tensor]:
+    return lanes.start(
+        lambda: pipeline.generate_ids(labels, index, sampling),
+        lambda ids: pipeline.finish(ids, labels, index, sampling),
+    )
+
+
+def _out_of_memory(error: Exception) -> bool:
+    on_host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_host or isinstance(error, torch.OutOfMemoryError)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vgen.errors import UserError
 from vgen.tokenizers.base import Tokenizer
+from vgen.tokenizers.norm_swish import GroupNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -16,9 +17,11 @@ class PixelSettings:
     """Options of the tokenizer's decoder; the defaults are the published way.
 
     Attributes:
-        dtype: ``float32``, or ``bfloat16`` for its products and convolutions (autocast).
-        channels_last: convolutions on channels-last memory.
-        compile: torch.compile of the decoder, once per batch size.
+        dtype: ``float32``, or ``bfloat16`` for its products and convolutions; a convolutional decoder of the VQ-GAN
+            family is held in it as a whole, the others run under autocast.
+        channels_last: convolutions on channels-last memory; on a GPU with triton, the normalisations of a VQ-GAN
+            decoder then are kernels of their own, see :mod:`vgen.tokenizers.norm_swish`.
+        compile: torch.compile of the decoder, for the size of the first batch; smaller ones are filled up to it.
     """
 
     dtype: str = "float32"
@@ -39,18 +42,25 @@ class PixelDecoder:
     """A tokenizer's decoder with its options applied.
 
     Args:
-        tokenizer: on the device to decode on; its memory layout is changed where the settings say so.
+        tokenizer: on the device to decode on; the memory layout of its weights and the dtype of those that only decode
+            are changed where the settings say so.
         settings: options.
     """
 
     def __init__(self, tokenizer: Tokenizer, settings: PixelSettings) -> None:
         self.settings = settings
+        dtype = DTYPES[settings.dtype]
+        self._autocast = dtype != torch.float32 and not tokenizer.hold_decoder(dtype)
         if settings.channels_last:
             for parameter in tokenizer.parameters():
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+            for module in tokenizer.modules():
+                if isinstance(module, GroupNorm):
+                    module.fused = True
         decode = tokenizer.decode_samples
         self._decode = torch.compile(decode, dynamic=False) if settings.compile else decode
+        self._compiled_for = 0
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, sample_index: Tensor, seed: int, text: Tensor | None = None) -> Tensor:
@@ -58,7 +68,20 @@ class PixelDecoder:
 
         Arguments as in :meth:`vgen.tokenizers.base.Tokenizer.decode_samples`.
         """
-        dtype = DTYPES[self.settings.dtype]
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        count = len(ids)
+        if self.settings.compile:
+            self._compiled_for = max(self._compiled_for, count)
+            ids, sample_index = (_filled(tensor, self._compiled_for) for tensor in (ids, sample_index))
+            text = None if text is None else _filled(text, self._compiled_for)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self._autocast):
             told = () if text is None else (text,)
-            return self._decode(ids, sample_index, seed, *told).float().contiguous()
+            return self._decode(ids, sample_index, seed, *told)[:count].float().contiguous()
+
+    def forget(self) -> None:
+        """Compile for the next batch if it is smaller than those so far, which did not fit."""
+        self._compiled_for = 0
+
+
+def _filled(tensor: Tensor, count: int) -> Tensor:
+    """Its last row repeated until there are ``count``; always new, since compiled code is one for inference tensors."""
+    return tensor[torch.arange(count, device=tensor.device).clamp(max=len(tensor) - 1)]

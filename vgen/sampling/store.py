@@ -44,8 +44,8 @@ def formats_of(fmt: str | Sequence[str], *, clips: bool) -> tuple[str, ...]:
 class SampleStore:
     """Memory-mapped pictures or clips with a flag per finished sample.
 
-    A sample is flagged only after its pixels are written, so a killed run repeats at most its last batch and loses
-    nothing. All disk space is reserved when the store is made.
+    A sample is flagged only after its pixels are written, so a killed run loses nothing and makes again at most the
+    batches that were not written yet. All disk space is reserved when the store is made.
 
     Args:
         folder: output folder.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vgen.errors import UserError
 from vgen.tokenizers.base import Autoencoder, TokenizerOutput
-from vgen.tokenizers.convnet import Downsample, Upsample, group_norm
+from vgen.tokenizers.convnet import Downsample, Upsample
+from vgen.tokenizers.norm_swish import group_norm
 
 
 @dataclass(frozen=True)

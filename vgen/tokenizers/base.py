@@ -122,6 +122,14 @@ class Tokenizer(Autoencoder):
         assert text is None, "only a text-aware tokenizer is told of text"
         return self.decode(ids)
 
+    def hold_decoder(self, dtype: torch.dtype) -> bool:
+        """Hold what only decoding uses in another dtype, in place, and compute in it without autocast, for sampling.
+
+        Returns:
+            Whether this tokenizer can; if not, nothing has changed.
+        """
+        return False
+
     @abstractmethod
     def forward(self, pixels: Tensor) -> TokenizerOutput:
         """Encode, quantize with a gradient path, and decode."""

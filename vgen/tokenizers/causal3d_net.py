@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgen.pixels import frames_of
-from vgen.tokenizers.convnet import AttnBlock, group_norm
+from vgen.tokenizers.convnet import AttnBlock
+from vgen.tokenizers.norm_swish import group_norm
 
 
 class Memory:

@@ -1,6 +1,5 @@
 """Convolutional encoder and decoder of the VQ-GAN family (Esser et al., 2021), with the published module names."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,10 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
-    """GroupNorm with at most `groups` groups, fewer where the channels do not divide."""
-    return nn.GroupNorm(math.gcd(channels, groups), channels, eps=1e-6)
+from vgen.tokenizers.norm_swish import add_biased, convolve_plain, group_norm
 
 
 class ResBlock(nn.Module):
@@ -31,9 +27,20 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, in, H, W] to [B, out, H, W]."""
-        branch = self.conv1(F.silu(self.norm1(x)))
-        branch = self.conv2(self.dropout(F.silu(self.norm2(branch))))
+        if self.norm1.takes(x):
+            return self._fused(x)
+        branch = self.conv1(self.norm1.swish(x))
+        branch = self.conv2(self.dropout(self.norm2.swish(branch)))
         return branch + (self.nin_shortcut(x) if self.has_shortcut else x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """The same with the biases added by the kernels that read what the convolutions wrote."""
+        branch = convolve_plain(self.conv1, self.norm1.swish(x))
+        branch = convolve_plain(self.conv2, self.dropout(self.norm2.swish(branch, self.conv1.bias)))
+        bias: Tensor = self.get_parameter("conv2.bias")
+        if self.has_shortcut:
+            x, bias = convolve_plain(self.nin_shortcut, x), bias + self.get_parameter("nin_shortcut.bias")
+        return add_biased(branch, x, bias)
 
 
 class AttnBlock(nn.Module):
@@ -178,7 +185,7 @@ class Encoder(_Stack):
             x = level(x)
         for block in self.mid:
             x = self._run(block, x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out.swish(x))
 
 
 class Decoder(_Stack):
@@ -223,7 +230,7 @@ class Decoder(_Stack):
             x = self._run(block, x)
         for level in self.conv_blocks:
             x = level(x)
-        return F.silu(self.norm_out(x))
+        return self.norm_out.swish(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map features to pixels."""

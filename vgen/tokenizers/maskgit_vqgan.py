@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vgen.errors import UserError
 from vgen.tokenizers.base import TokenizerOutput
-from vgen.tokenizers.convnet import group_norm
+from vgen.tokenizers.norm_swish import group_norm
 from vgen.tokenizers.proxy import PixelDecoder, ProxyTokenizer
 from vgen.tokenizers.quantize import VectorQuantizer
 
@@ -37,8 +37,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, in, H, W] to [B, out, H, W]."""
-        branch = self.conv1(F.silu(self.norm1(x)))
-        branch = self.conv2(F.silu(self.norm2(branch)))
+        branch = self.conv1(self.norm1.swish(x))
+        branch = self.conv2(self.norm2.swish(branch))
         return branch + (x if self.nin_shortcut is None else self.nin_shortcut(branch))
 
 
@@ -98,7 +98,7 @@ class Encoder(nn.Module):
                 x = F.avg_pool2d(x, 2)
         for block in self.mid:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out.swish(x))
 
 
 class MaskGITDecoder(PixelDecoder):
@@ -148,7 +148,7 @@ class MaskGITDecoder(PixelDecoder):
             x = block(x)
         for level in reversed(self.up):
             x = level(x)
-        return F.silu(self.norm_out(x))
+        return self.norm_out.swish(x)
 
     def finish(self, features: Tensor) -> Tensor:
         """The last convolution."""
@@ -241,6 +241,11 @@ class MaskGITVQGAN(ProxyTokenizer):
         """Weights of the decoder."""
         return self.decoder.state_dict()
 
+    def hold_decoder(self, dtype: torch.dtype) -> bool:
+        """Hold the decoder in a dtype."""
+        self.decoder.to(dtype)
+        return True
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] [B, 3, H, W] to latents before quantization, [B, z_channels, h, w].
 
@@ -253,7 +258,7 @@ class MaskGITVQGAN(ProxyTokenizer):
         if height % self.stride or width % self.stride or not height * width:
             raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {self.stride}")
         encode = self._compiled[0] if self._compiled and self._trains() else self.encoder
-        return encode((pixels.to(self.last_layer.dtype) + 1.0) / 2.0)
+        return encode((pixels.to(self.encoder.conv_in.weight.dtype) + 1.0) / 2.0)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Codes [B, z_channels, h, w] to float32 pixels [B, 3, H, W] in about [-1, 1]."""

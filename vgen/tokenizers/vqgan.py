@@ -148,6 +148,12 @@ class VQGAN(ProxyTokenizer):
         parts = ("post_quant_conv.", "decoder.")
         return {name: value for name, value in self.state_dict().items() if name.startswith(parts)}
 
+    def hold_decoder(self, dtype: torch.dtype) -> bool:
+        """Hold the decoder and the convolution before it in a dtype."""
+        self.post_quant_conv.to(dtype)
+        self.decoder.to(dtype)
+        return True
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, codebook_dim, h, w].
 
@@ -160,7 +166,7 @@ class VQGAN(ProxyTokenizer):
         if height % self.stride or width % self.stride or not height * width:
             raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {self.stride}")
         encode = self._compiled[0] if self._compiled and self._trains() else self.encoder
-        return self.quant_conv(encode(pixels.to(self.last_layer.dtype)))
+        return self.quant_conv(encode(pixels.to(self.quant_conv.weight.dtype)))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Quantized latents [B, codebook_dim, h, w] to float32 pixels [B, 3, H, W]."""
