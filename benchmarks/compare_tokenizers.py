@@ -90,7 +90,9 @@ class Comparison:
         names = ("data", "features", "tokenizer", "raster", "reference", "titok", "samples", "sweep", "scales", "set")
         mine = {name: getattr(self.arguments, name) for name in names}
         path = self.out / "settings.json"
-        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
+        theirs = json.loads(path.read_text()) if path.is_file() else mine
+        # The raster generator may come later than the rest; its rows are its own.
+        if (theirs | {"raster": theirs["raster"] or mine["raster"]}) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
             raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
         path.write_text(json.dumps(mine, indent=1))
@@ -145,9 +147,9 @@ class Comparison:
             measure("reconstruction-vq", ("reference",), self._scored("vq")),
             measure("lengths-flextok", ("flextok", "reference"), (self.out / "coarse_to_fine.png").is_file),
         ]
-        for plan in self.plans():
-            needs = ("reference",) if plan.training == "raster" else ("reference", plan.training)
-            found.append(measure(f"samples-{plan.label}", needs, self._sampled(plan.label)))
+        for training in dict.fromkeys(plan.training for plan in self.plans()):
+            needs = ("reference",) if training == "raster" else ("reference", training)
+            found.append(measure(f"samples-{training}", needs, self._sampled(training)))
         after = tuple(task.name for task in found)
         found.append(measure("speed", after, self._all_timed, alone=True))
         return found
@@ -160,6 +162,10 @@ class Comparison:
         if self.arguments.raster:
             found.append(scores.Plan("vq-raster", "raster"))
         return found
+
+    def plans_of(self, training: str) -> list[scores.Plan]:
+        """The ways of generating with one generator."""
+        return [plan for plan in self.plans() if plan.training == training]
 
     def _training(self, name: str, needs: tuple[str, ...], *words: str) -> Task:
         minutes, seconds = divmod(self.seconds[name], 60)
@@ -203,8 +209,9 @@ class Comparison:
     def _scored(self, name: str) -> Callable[[], bool]:
         return lambda: any(row["tokenizer"] == name for row in scores.rows(self.out, "reconstruction"))
 
-    def _sampled(self, label: str) -> Callable[[], bool]:
-        return lambda: any(row["plan"] == label and row["final"] for row in scores.rows(self.out, "samples"))
+    def _sampled(self, training: str) -> Callable[[], bool]:
+        labels = {plan.label for plan in self.plans_of(training)}
+        return lambda: {row["plan"] for row in scores.rows(self.out, "samples") if row["final"]} >= labels
 
     def _all_timed(self) -> bool:
         return {row["plan"] for row in scores.rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
@@ -322,8 +329,7 @@ class Comparison:
         elif kind == "lengths":
             bench.lengths(self.release(what))
         elif kind == "samples":
-            plan = next(plan for plan in self.plans() if plan.label == what)
-            bench.sample(plan, self.release(plan.training))
+            bench.sample(self.plans_of(what), self.release(what))
         else:
             bench.speed([(plan, self.release(plan.training)) for plan in self.plans()])
 
