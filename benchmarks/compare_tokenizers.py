@@ -33,19 +33,25 @@ from vgen.runtime import versions
 ROOT = Path(__file__).parents[1]
 SECONDS = {
     "vae": 60,
-    "titok_stage1": 90,
-    "titok_stage2": 60,
-    "titok_single": 120,
-    "flextok": 120,
-    "flextok_ar": 80,
-    "titok_ar": 80,
-    "titok_maskgit": 80,
+    "titok_stage1": 150,
+    "titok_stage2": 90,
+    "titok_single": 180,
+    "flextok": 180,
+    "flextok_ar": 110,
+    "titok_ar": 100,
+    "titok_maskgit": 100,
 }
 # What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would
 # take a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
 SHORT = ("task.compile=false", "every.validate=0", "every.pictures=0", "every.log=50", "task.lr_schedule.warmup=150")
 # A VAE of a quarter of the work at full resolution: FlexTok's training runs it in float32 on every batch.
 VAE_CHANNELS = "block_channels=[64,128,256]"
+# Less than half of the parameters of configs/tokenizer/titok_32.yaml: in two or three minutes the steps count for more.
+TITOK_SIZE = tuple(
+    f"tokenizer.{part}.{key}={value}"
+    for part in ("encoder", "decoder")
+    for key, value in (("width", 384), ("layers", 6), ("heads", 6))
+)
 PLAN_TOKENS = (4, 16, 64)
 GRACE_S = 60.0
 
@@ -124,8 +130,14 @@ class Comparison:
             train(
                 "vae", (), data, f"tokenizer.{VAE_CHANNELS}", "task.ema.decay=0.995", "task.loss.adversarial_start=300"
             ),
-            train("titok_stage1", (), data, f"task.teacher={self.release('vq')}", "task.ema.decay=0.998"),
-            train("titok_single", (), data, "task.ema.decay=0.998", "task.loss.adversarial_start=800"),
+            train(
+                *("titok_stage1", (), data, *TITOK_SIZE, f"task.teacher={self.release('vq')}"),
+                "task.ema.decay=0.998",
+            ),
+            train(
+                *("titok_single", (), data, *TITOK_SIZE, "task.ema.decay=0.998"),
+                "task.loss.adversarial_start=2000",
+            ),
             measure("reference", (), self.reference.is_file),
             train(
                 *("flextok", ("vae",), data, f"task.vae={self.release('vae')}"),
@@ -133,7 +145,7 @@ class Comparison:
             ),
             train(
                 *("titok_stage2", ("titok_stage1",), data, f"task.init_from={self.release('titok_stage1')}"),
-                *("task.ema.decay=0.995", "task.loss.adversarial_start=250"),
+                *(*TITOK_SIZE, "task.optimizer.lr=2e-4", "task.ema.decay=0.995", "task.loss.adversarial_start=250"),
             ),
             measure("codes-flextok", ("flextok",), (self.out / "codes" / "flextok" / "done").is_file),
             train("flextok_ar", ("codes-flextok",), *self._on_codes("flextok"), "experiment=cifar10_flextok_ar"),
