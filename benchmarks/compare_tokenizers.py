@@ -33,16 +33,16 @@ from vgen.runtime import versions
 ROOT = Path(__file__).parents[1]
 SECONDS = {
     "vae": 60,
-    "titok_stage1": 150,
+    "titok_stage1": 130,
     "titok_stage2": 90,
-    "titok_single": 180,
-    "flextok": 180,
-    "flextok_ar": 110,
-    "titok_ar": 100,
-    "titok_maskgit": 100,
+    "titok_single": 170,
+    "flextok": 170,
+    "flextok_ar": 100,
+    "titok_ar": 90,
+    "titok_maskgit": 90,
 }
 # What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would
-# take a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
+# take a third of the time, and warm-up, average and discriminator have to fit into some 1,000 to 5,000 steps.
 SHORT = ("task.compile=false", "every.validate=0", "every.pictures=0", "every.log=50", "task.lr_schedule.warmup=150")
 # A VAE of a quarter of the work at full resolution: FlexTok's training runs it in float32 on every batch.
 VAE_CHANNELS = "block_channels=[64,128,256]"
