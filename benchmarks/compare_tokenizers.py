@@ -27,6 +27,7 @@ import torch
 
 from benchmarks import tokenizer_scores as scores
 from benchmarks import tokenizer_tables as tables
+from vgen.checkpoints.release import CONFIG
 from vgen.errors import UserError, reported
 from vgen.runtime import versions
 
@@ -64,7 +65,7 @@ class Task:
         name: of the task; a training's folder.
         needs: names of the tasks that must be finished before.
         done: whether its result is there.
-        words: of the command line that does it.
+        words: of the command line that does it; none for a result that another program makes and that is waited for.
         alone: run it only while nothing else runs.
     """
 
@@ -127,11 +128,12 @@ class Comparison:
         )
         train, measure = self._training, self._measurement
         found = [
+            Task("vq", (), (self.release("vq") / CONFIG).is_file, []),
             train(
                 "vae", (), data, f"tokenizer.{VAE_CHANNELS}", "task.ema.decay=0.995", "task.loss.adversarial_start=300"
             ),
             train(
-                *("titok_stage1", (), data, *TITOK_SIZE, f"task.teacher={self.release('vq')}"),
+                *("titok_stage1", ("vq",), data, *TITOK_SIZE, f"task.teacher={self.release('vq')}"),
                 "task.ema.decay=0.998",
             ),
             train(
@@ -156,7 +158,7 @@ class Comparison:
             measure("codes-titok", chosen, (self.out / "codes" / "titok" / "done").is_file),
             train("titok_ar", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_raster"),
             train("titok_maskgit", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_maskgit"),
-            measure("reconstruction-vq", ("reference",), self._scored("vq")),
+            measure("reconstruction-vq", ("vq", "reference"), self._scored("vq")),
             measure("lengths-flextok", ("flextok", "reference"), (self.out / "coarse_to_fine.png").is_file),
         ]
         for training in dict.fromkeys(plan.training for plan in self.plans()):
@@ -252,13 +254,15 @@ class Comparison:
                 self._stop_all([process for process, _, _ in running.values()])
                 print("stopped; finished work is kept; repeat the command to go on", flush=True)
                 sys.exit(128 + self._stop)
-            for task in self._ready(set(running)):
-                if slots and not (task.alone and running):
+            ready = list(self._ready(set(running)))
+            awaited = any(not task.words for task in ready)
+            for task in ready:
+                if task.words and slots and not (task.alone and running):
                     # The emptiest device, so that a second one is not idle while the first is crowded.
                     slot = max(set(slots), key=slots.count)
                     slots.remove(slot)
                     running[task.name] = (self._start(task, slot), slot, time.monotonic())
-            if not running:
+            if not running and not awaited:
                 break
             time.sleep(0.2)
         if self.failed:
@@ -368,6 +372,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", required=True, help="TorchScript extractor of (features, class logits)")
     parser.add_argument("--out", required=True, help="where runs and results go; repeating the command goes on there")
     parser.add_argument("--tokenizer", required=True, help="release of the 2D VQGAN: teacher and comparison")
+    parser.add_argument(
+        "--await-tokenizer", action="store_true", help="begin before that release is there, wait for it"
+    )
     parser.add_argument("--raster", help="release of a raster generator on its tokens, for comparison")
     parser.add_argument("--reference", help="statistics of the training pictures; OUT/reference.pt, made where missing")
     parser.add_argument("--titok", choices=("stage2", "single", "better"), default="better", help="tokens generated")
@@ -386,6 +393,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen.words = list(sys.argv[1:] if arguments is None else arguments)
     chosen.seconds = dict(chosen.seconds)
     for name in ("data", "tokenizer", "raster"):
+        if name == "tokenizer" and chosen.await_tokenizer:
+            continue
         if (folder := getattr(chosen, name)) and not Path(folder).is_dir():
             parser.error(f"--{name} {folder} is no folder")
     for name in ("features", "reference"):

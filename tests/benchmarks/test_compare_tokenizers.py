@@ -142,7 +142,9 @@ def test_the_better_titok_is_generated(arguments, tmp_path):
 
 def test_training_commands_compose(arguments):
     words = ["--seconds", "vae=100", "--set", "task.clip=0.5", "vae:task.optimizer.lr=1e-5"]
-    tasks = [task for task in Comparison(parse([*arguments, *words])).tasks() if "train.py" in task.words[0]]
+    tasks = [
+        task for task in Comparison(parse([*arguments, *words])).tasks() if task.words and "train.py" in task.words[0]
+    ]
     assert {task.name for task in tasks} == set(compare_tokenizers.SECONDS)
     for task in tasks:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -176,6 +178,26 @@ def test_tasks_run_in_order_and_a_failure_stops_only_what_needs_it(arguments, tm
         comparison.run()
     assert [task.name for task in tasks if task.done()] == ["one", "two", "last"]
     assert "broken" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_another_program_makes_is_waited_for(arguments, tmp_path, monkeypatch):
+    comparison = Comparison(parse(arguments))
+    tasks = [
+        Task("vq", (), (tmp_path / "released").is_file, []),
+        _python("user", f"assert __import__('os').path.exists({str(tmp_path / 'released')!r})", tmp_path, "vq"),
+    ]
+    monkeypatch.setattr(comparison, "tasks", lambda: tasks)
+    code = f"import time; time.sleep(1.5); open({str(tmp_path / 'released')!r}, 'w').close()"
+    other = subprocess.Popen([sys.executable, "-c", code])
+    comparison.run()
+    assert other.wait(10) == 0
+    assert (tmp_path / "user").is_file()
+    words = list(arguments)
+    words[words.index("--tokenizer") + 1] = str(tmp_path / "later")
+    with pytest.raises(SystemExit):
+        parse(words)
+    later = Comparison(parse([*words, "--await-tokenizer"]))
+    assert {"vq"} == {task.name for task in later.tasks() if not task.words and not task.done()}
 
 
 def test_a_stop_reaches_every_process_once_and_the_command_goes_on(arguments, tmp_path):
