@@ -7,13 +7,13 @@ DATA is a folder in Hugging Face layout (CIFAR-10 for the published table). Stag
 result is there, so that repeating the command goes on where it stopped: ``tokenizer`` (train
 experiment=cifar10_tokenizer, unless --tokenizer names a release), ``codes`` (encode the data once, and collect the
 statistics that scores are taken against), ``train`` (one run per order, several at once), ``sweep`` (Frechet distance
-and class accuracy over guidance scales, scale after scale for all plans, continued upwards while the largest is the
-best, then the best scales again with more samples), ``speed`` (one plan after the other on an idle device), ``table``
-(CSV, markdown and a plot).
+and class accuracy over guidance scales, scale after scale for all plans, continued while the best scale is an edge of
+those tried), ``speed`` (one plan after the other; nothing else should use the device), ``final`` (the best scales again
+with more samples; of several numbers all plans get the first before any gets the next), ``table`` (CSV, markdown and a
+plot of what is known, also after an interruption).
 """
 
 import argparse
-import csv
 import json
 import sys
 import time
@@ -27,6 +27,7 @@ from typing import Any, get_args
 import torch
 import yaml
 
+from benchmarks import order_tables as tables
 from benchmarks.frechet_sweep import open_data, pictures, statistics
 from benchmarks.sweep_queue import Measurement, claim, next_measurement
 from benchmarks.trainings import Command, run_side_by_side, stoppable, training_command
@@ -42,7 +43,7 @@ from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.catalog import FOLDER
 
-STAGES = ("tokenizer", "codes", "train", "sweep", "speed", "table")
+STAGES = ("tokenizer", "codes", "train", "sweep", "speed", "final", "table")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Comparison:
         self.arguments = arguments
         self.out = Path(arguments.out).absolute()
         self.orders = {name: ORDERS[name] for name in arguments.orders}
+        self._pipelines: dict[str, Pipeline] = {}
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_same()
 
@@ -178,11 +180,17 @@ class Comparison:
                 found.append((label, name, config | self.options_of(Order(schedule, options))))
         return found
 
-    def pipeline(self, training: str, schedule: dict[str, Any], device: torch.device) -> Pipeline:
-        """A trained order, ready to decode by a plan."""
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        release = self.out / training / "release"
-        return load_pipeline(release, device=device, dtype=dtype, schedule=schedule, engine=self.arguments.engine)
+    def pipeline(self, label: str) -> Pipeline:
+        """A trained order, ready to decode by a plan; kept, so that a process loads and compiles each once."""
+        if label not in self._pipelines:
+            device = pick_device()
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            training, schedule = next(plan[1:] for plan in self.plans() if plan[0] == label)
+            release = self.out / training / "release"
+            self._pipelines[label] = load_pipeline(
+                release, device=device, dtype=dtype, schedule=schedule, engine=self.arguments.engine
+            )
+        return self._pipelines[label]
 
     def rows(self, stage: str) -> list[dict[str, Any]]:
         """Finished measurements of a stage."""
@@ -195,49 +203,56 @@ class Comparison:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
-    def next_measurement(self, labels: Sequence[str]) -> Measurement | None:
-        """What the sweep of some plans lacks first, given the rows so far."""
+    def next_measurement(self, labels: Sequence[str], finals: Sequence[int] = ()) -> Measurement | None:
+        """What some plans lack first, given the rows so far."""
         settings = self.arguments
         return next_measurement(
-            labels, self.rows("sweep"), scales=settings.scales, samples=settings.samples, final=settings.final
+            labels, self.rows("sweep"), scales=settings.scales, samples=settings.samples, finals=finals
         )
 
     def sweep(self) -> None:
-        """Every plan at every scale, then its best scale with more samples; several processes share the plans."""
-        unfinished = [label for label, _, _ in self.plans() if self.next_measurement([label]) is not None]
-        processes = min(len(unfinished), max(1, torch.cuda.device_count()) * self.arguments.jobs)
+        """Every plan at every guidance scale."""
+        self._measure("sweep", ())
+
+    def final(self) -> None:
+        """Every plan at its best scale, with more samples."""
+        self._measure("final", self.arguments.final)
+
+    def _measure(self, stage: str, finals: Sequence[int]) -> None:
+        """Do what the plans lack, in this process or in several that share the plans."""
+        unfinished = [label for label, _, _ in self.plans() if self.next_measurement([label], finals) is not None]
+        processes = min(len(unfinished), max(1, torch.cuda.device_count()) * self.arguments.scorers)
         if processes < 2:
-            self._sweep_here()
+            self._measure_here(finals)
             return
         words = [sys.executable, "-m", "benchmarks.compare_orders", *self.arguments.words]
-        words += ["--only", "sweep", "--jobs", "1"]
+        words += ["--only", stage, "--scorers", "1"]
         run_side_by_side(
-            [Command(f"sweep {i}", words, self.out / f"sweep-{i}.log") for i in range(processes)],
-            per_device=self.arguments.jobs,
+            [Command(f"{stage} {i}", words, self.out / f"{stage}-{i}.log") for i in range(processes)],
+            per_device=self.arguments.scorers,
         )
 
-    def _sweep_here(self) -> None:
+    def _measure_here(self, finals: Sequence[int]) -> None:
         """Score what no other process scores.
 
-        A plan belongs to the process that comes to it first, which keeps its pipeline. Since every process makes a
-        measurement before it looks for the next plan, those with fast plans get more of them.
+        A plan belongs to the process that comes to it first. Since every process makes a measurement before it looks
+        for the next plan, those with fast plans get more of them.
         """
-        device, plans = pick_device(), {label: (training, schedule) for label, training, schedule in self.plans()}
+        plans = [label for label, _, _ in self.plans()]
         reference = Gaussian(**torch.load(self.out / "reference.pt", weights_only=True))
-        extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
+        extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=pick_device())
         mine: set[str] = set()
         others: set[str] = set()
-        pipelines: dict[str, Pipeline] = {}
         with ExitStack() as claims:
-            while (todo := self.next_measurement([label for label in plans if label not in others])) is not None:
+            while todo := self.next_measurement([label for label in plans if label not in others], finals):
                 if todo.plan not in mine:
                     # Looked at again before it is scored: another process may have added rows and gone.
                     taken = claim(self.out / "claims" / todo.plan, claims)
                     (mine if taken else others).add(todo.plan)
                     continue
-                if todo.plan not in pipelines:
-                    pipelines[todo.plan] = self.pipeline(*plans[todo.plan], device)
-                self._score(todo, pipelines[todo.plan], extractor, reference)
+                self._score(todo, self.pipeline(todo.plan), extractor, reference)
+                # A recording belongs to one scale, and those of all plans would fill the device.
+                self.pipeline(todo.plan).free_memory()
 
     def _score(self, todo: Measurement, pipeline: Pipeline, extractor: Extractor, reference: Gaussian) -> None:
         labels = make_labels("balanced", todo.samples, pipeline.num_classes, seed=0)
@@ -255,10 +270,10 @@ class Comparison:
         """Images/s of every plan alone on the device, tokens only, guidance on, median of three after a warm-up."""
         device = pick_device()
         done = {row["plan"] for row in self.rows("speed")}
-        for label, training, schedule in self.plans():
+        for label, _, _ in self.plans():
             if label in done:
                 continue
-            pipeline = self.pipeline(training, schedule, device)
+            pipeline = self.pipeline(label)
             size = self.arguments.batch_size
             labels, index = make_labels("balanced", size, pipeline.num_classes, seed=0), torch.arange(size)
             sampling = Sampling(guidance=Guidance(scale=2.0))
@@ -282,46 +297,21 @@ class Comparison:
                     "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 },
             )
+            pipeline.free_memory()
 
     # Results
 
     def table(self) -> None:
         """orders.csv, orders.md and orders.png from the rows so far."""
-        finals = {row["plan"]: row for row in self.rows("sweep") if row["samples"] == self.arguments.final}
-        speeds = {row["plan"]: row for row in self.rows("speed")}
-        table = []
-        for label, training, _ in self.plans():
-            if label in finals:
-                row, fast = finals[label], speeds.get(label, {})
-                passes, rate = fast.get("passes"), fast.get("images_per_s")
-                table.append(
-                    {
-                        "plan": label,
-                        "trained": training,
-                        "passes": passes,
-                        "images_per_s": rate,
-                        "fd": row["fd"],
-                        "accuracy": row["accuracy"],
-                        "scale": row["scale"],
-                    }
-                )
-        if not table:
-            print("no plan has been scored yet")
-            return
-        with (self.out / "orders.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
-            writer.writeheader()
-            writer.writerows(table)
-        lines = ["| plan | trained as | passes | images/s | FD | accuracy | scale |", "|---|---|---|---|---|---|---|"]
-        for row in table:
-            rate = "" if row["images_per_s"] is None else f"{row['images_per_s']:.0f}"
-            lines.append(
-                f"| {row['plan']} | {row['trained']} | {row['passes']} | {rate} | {row['fd']:.2f} | "
-                f"{row['accuracy']:.1%} | {row['scale']:g} |"
-            )
-        (self.out / "orders.md").write_text("\n".join(lines) + "\n")
-        print("\n".join(lines))
-        plot(table, self.rows("sweep"), self.arguments.samples, self.out / "orders.png")
+        settings = self.arguments
+        tables.write(
+            self.out,
+            [(label, training) for label, training, _ in self.plans()],
+            self.rows("sweep"),
+            self.rows("speed"),
+            samples=settings.samples,
+            finals=settings.final,
+        )
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
@@ -335,30 +325,6 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def plot(table: list[dict[str, Any]], sweep: list[dict[str, Any]], samples: int, path: Path) -> None:
-    """Distance over guidance scale, and distance over passes, one colour per plan."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    for row in table:
-        points = sorted((r["scale"], r["fd"]) for r in sweep if r["plan"] == row["plan"] and r["samples"] == samples)
-        (line,) = left.plot(*zip(*points, strict=True), marker=".", label=row["plan"])
-        passes = row["passes"] or 0
-        right.scatter(passes, row["fd"], color=line.get_color(), zorder=3)
-        right.annotate(row["plan"], (passes, row["fd"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
-    left.set(xlabel="guidance scale", ylabel=f"Frechet distance, {samples} samples", yscale="log")
-    right.set(xlabel="forward passes", ylabel="Frechet distance at the best scale", yscale="log")
-    left.legend(fontsize=7)
-    for axes in (left, right):
-        axes.grid(alpha=0.3, which="both")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -368,10 +334,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="tokenizer release; without it one is trained")
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--steps", type=int, default=6000, help="training steps per order")
-    parser.add_argument("--jobs", type=int, default=1, help="trainings and sweeps at once per device")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at once per device")
+    parser.add_argument("--scorers", type=int, default=1, help="processes at once per device that score plans")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0, 4.0])
     parser.add_argument("--samples", type=int, default=10000, help="per guidance scale")
-    parser.add_argument("--final", type=int, default=50000, help="at the best scale")
+    parser.add_argument("--final", type=int, nargs="+", default=[50000], help="at the best scale; several, rising")
     parser.add_argument("--batch-size", type=int, default=1000)
     parser.add_argument("--engine", choices=get_args(Engine), default="auto", help="how plans are decoded")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of every training")
@@ -386,12 +353,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     with reported(), stoppable():
         comparison = Comparison(given)
-        for stage in STAGES:
-            if stage in given.only:
-                start = time.perf_counter()
-                getattr(comparison, stage)()
-                print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
         (comparison.out / "versions.json").write_text(json.dumps(versions()))
+        try:
+            for stage in STAGES[:-1]:
+                if stage in given.only:
+                    start = time.perf_counter()
+                    getattr(comparison, stage)()
+                    print(f"-- {stage}: {time.perf_counter() - start:.0f} s", flush=True)
+        finally:
+            if "table" in given.only:
+                comparison.table()
 
 
 if __name__ == "__main__":

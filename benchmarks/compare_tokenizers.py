@@ -27,25 +27,32 @@ import torch
 
 from benchmarks import tokenizer_scores as scores
 from benchmarks import tokenizer_tables as tables
+from vgen.checkpoints.release import CONFIG
 from vgen.errors import UserError, reported
 from vgen.runtime import versions
 
 ROOT = Path(__file__).parents[1]
 SECONDS = {
     "vae": 60,
-    "titok_stage1": 90,
-    "titok_stage2": 60,
-    "titok_single": 120,
-    "flextok": 120,
-    "flextok_ar": 80,
-    "titok_ar": 80,
-    "titok_maskgit": 80,
+    "titok_stage1": 130,
+    "titok_stage2": 90,
+    "titok_single": 170,
+    "flextok": 170,
+    "flextok_ar": 100,
+    "titok_ar": 90,
+    "titok_maskgit": 90,
 }
 # What trainings of one or two minutes set otherwise than their ten-minute recipes: compilation and validation would
-# take a third of the time, and warm-up, average and discriminator have to fit into some 500 to 3,000 steps.
+# take a third of the time, and warm-up, average and discriminator have to fit into some 1,000 to 5,000 steps.
 SHORT = ("task.compile=false", "every.validate=0", "every.pictures=0", "every.log=50", "task.lr_schedule.warmup=150")
 # A VAE of a quarter of the work at full resolution: FlexTok's training runs it in float32 on every batch.
 VAE_CHANNELS = "block_channels=[64,128,256]"
+# Less than half of the parameters of configs/tokenizer/titok_32.yaml: in two or three minutes the steps count for more.
+TITOK_SIZE = tuple(
+    f"tokenizer.{part}.{key}={value}"
+    for part in ("encoder", "decoder")
+    for key, value in (("width", 384), ("layers", 6), ("heads", 6))
+)
 PLAN_TOKENS = (4, 16, 64)
 GRACE_S = 60.0
 
@@ -58,7 +65,7 @@ class Task:
         name: of the task; a training's folder.
         needs: names of the tasks that must be finished before.
         done: whether its result is there.
-        words: of the command line that does it.
+        words: of the command line that does it; none for a result that another program makes and that is waited for.
         alone: run it only while nothing else runs.
     """
 
@@ -90,7 +97,9 @@ class Comparison:
         names = ("data", "features", "tokenizer", "raster", "reference", "titok", "samples", "sweep", "scales", "set")
         mine = {name: getattr(self.arguments, name) for name in names}
         path = self.out / "settings.json"
-        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
+        theirs = json.loads(path.read_text()) if path.is_file() else mine
+        # The raster generator may come later than the rest; its rows are its own.
+        if (theirs | {"raster": theirs["raster"] or mine["raster"]}) != mine:
             other = [name for name in mine if theirs.get(name) != mine[name]]
             raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
         path.write_text(json.dumps(mine, indent=1))
@@ -119,11 +128,18 @@ class Comparison:
         )
         train, measure = self._training, self._measurement
         found = [
+            Task("vq", (), (self.release("vq") / CONFIG).is_file, []),
             train(
                 "vae", (), data, f"tokenizer.{VAE_CHANNELS}", "task.ema.decay=0.995", "task.loss.adversarial_start=300"
             ),
-            train("titok_stage1", (), data, f"task.teacher={self.release('vq')}", "task.ema.decay=0.998"),
-            train("titok_single", (), data, "task.ema.decay=0.998", "task.loss.adversarial_start=800"),
+            train(
+                *("titok_stage1", ("vq",), data, *TITOK_SIZE, f"task.teacher={self.release('vq')}"),
+                "task.ema.decay=0.998",
+            ),
+            train(
+                *("titok_single", (), data, *TITOK_SIZE, "task.ema.decay=0.998"),
+                "task.loss.adversarial_start=2000",
+            ),
             measure("reference", (), self.reference.is_file),
             train(
                 *("flextok", ("vae",), data, f"task.vae={self.release('vae')}"),
@@ -131,7 +147,7 @@ class Comparison:
             ),
             train(
                 *("titok_stage2", ("titok_stage1",), data, f"task.init_from={self.release('titok_stage1')}"),
-                *("task.ema.decay=0.995", "task.loss.adversarial_start=250"),
+                *(*TITOK_SIZE, "task.optimizer.lr=2e-4", "task.ema.decay=0.995", "task.loss.adversarial_start=250"),
             ),
             measure("codes-flextok", ("flextok",), (self.out / "codes" / "flextok" / "done").is_file),
             train("flextok_ar", ("codes-flextok",), *self._on_codes("flextok"), "experiment=cifar10_flextok_ar"),
@@ -142,12 +158,12 @@ class Comparison:
             measure("codes-titok", chosen, (self.out / "codes" / "titok" / "done").is_file),
             train("titok_ar", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_raster"),
             train("titok_maskgit", ("codes-titok",), *self._on_codes("titok"), "experiment=cifar10_maskgit"),
-            measure("reconstruction-vq", ("reference",), self._scored("vq")),
+            measure("reconstruction-vq", ("vq", "reference"), self._scored("vq")),
             measure("lengths-flextok", ("flextok", "reference"), (self.out / "coarse_to_fine.png").is_file),
         ]
-        for plan in self.plans():
-            needs = ("reference",) if plan.training == "raster" else ("reference", plan.training)
-            found.append(measure(f"samples-{plan.label}", needs, self._sampled(plan.label)))
+        for training in dict.fromkeys(plan.training for plan in self.plans()):
+            needs = ("reference",) if training == "raster" else ("reference", training)
+            found.append(measure(f"samples-{training}", needs, self._sampled(training)))
         after = tuple(task.name for task in found)
         found.append(measure("speed", after, self._all_timed, alone=True))
         return found
@@ -160,6 +176,10 @@ class Comparison:
         if self.arguments.raster:
             found.append(scores.Plan("vq-raster", "raster"))
         return found
+
+    def plans_of(self, training: str) -> list[scores.Plan]:
+        """The ways of generating with one generator."""
+        return [plan for plan in self.plans() if plan.training == training]
 
     def _training(self, name: str, needs: tuple[str, ...], *words: str) -> Task:
         minutes, seconds = divmod(self.seconds[name], 60)
@@ -203,8 +223,9 @@ class Comparison:
     def _scored(self, name: str) -> Callable[[], bool]:
         return lambda: any(row["tokenizer"] == name for row in scores.rows(self.out, "reconstruction"))
 
-    def _sampled(self, label: str) -> Callable[[], bool]:
-        return lambda: any(row["plan"] == label and row["final"] for row in scores.rows(self.out, "samples"))
+    def _sampled(self, training: str) -> Callable[[], bool]:
+        labels = {plan.label for plan in self.plans_of(training)}
+        return lambda: {row["plan"] for row in scores.rows(self.out, "samples") if row["final"]} >= labels
 
     def _all_timed(self) -> bool:
         return {row["plan"] for row in scores.rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
@@ -233,13 +254,15 @@ class Comparison:
                 self._stop_all([process for process, _, _ in running.values()])
                 print("stopped; finished work is kept; repeat the command to go on", flush=True)
                 sys.exit(128 + self._stop)
-            for task in self._ready(set(running)):
-                if slots and not (task.alone and running):
+            ready = list(self._ready(set(running)))
+            awaited = any(not task.words for task in ready)
+            for task in ready:
+                if task.words and slots and not (task.alone and running):
                     # The emptiest device, so that a second one is not idle while the first is crowded.
                     slot = max(set(slots), key=slots.count)
                     slots.remove(slot)
                     running[task.name] = (self._start(task, slot), slot, time.monotonic())
-            if not running:
+            if not running and not awaited:
                 break
             time.sleep(0.2)
         if self.failed:
@@ -322,8 +345,7 @@ class Comparison:
         elif kind == "lengths":
             bench.lengths(self.release(what))
         elif kind == "samples":
-            plan = next(plan for plan in self.plans() if plan.label == what)
-            bench.sample(plan, self.release(plan.training))
+            bench.sample(self.plans_of(what), self.release(what))
         else:
             bench.speed([(plan, self.release(plan.training)) for plan in self.plans()])
 
@@ -350,6 +372,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--features", required=True, help="TorchScript extractor of (features, class logits)")
     parser.add_argument("--out", required=True, help="where runs and results go; repeating the command goes on there")
     parser.add_argument("--tokenizer", required=True, help="release of the 2D VQGAN: teacher and comparison")
+    parser.add_argument(
+        "--await-tokenizer", action="store_true", help="begin before that release is there, wait for it"
+    )
     parser.add_argument("--raster", help="release of a raster generator on its tokens, for comparison")
     parser.add_argument("--reference", help="statistics of the training pictures; OUT/reference.pt, made where missing")
     parser.add_argument("--titok", choices=("stage2", "single", "better"), default="better", help="tokens generated")
@@ -368,6 +393,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     chosen.words = list(sys.argv[1:] if arguments is None else arguments)
     chosen.seconds = dict(chosen.seconds)
     for name in ("data", "tokenizer", "raster"):
+        if name == "tokenizer" and chosen.await_tokenizer:
+            continue
         if (folder := getattr(chosen, name)) and not Path(folder).is_dir():
             parser.error(f"--{name} {folder} is no folder")
     for name in ("features", "reference"):

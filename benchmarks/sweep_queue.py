@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SMALLEST_SCALE = 1.0
 LARGEST_SCALE = 16.0
+STEP = 1.5
 
 
 @dataclass(frozen=True)
@@ -20,44 +22,63 @@ class Measurement:
 
 
 def next_measurement(
-    plans: Sequence[str], rows: Sequence[dict[str, Any]], *, scales: Sequence[float], samples: int, final: int
+    plans: Sequence[str],
+    rows: Sequence[dict[str, Any]],
+    *,
+    scales: Sequence[float],
+    samples: int,
+    finals: Sequence[int] = (),
 ) -> Measurement | None:
-    """What is to be measured next: all plans at one scale before any at the next; final scores last.
+    """What is to be measured next: all plans at one scale before any at the next; scores of more samples last.
 
     Args:
         plans: labels of the plans.
         rows: measurements so far.
-        scales: tried for every plan, and beyond them while the largest tried is the best.
+        scales: tried for every plan, and beyond them on the side where the best scale is an edge of what was tried.
         samples: at each scale.
-        final: at a plan's best scale.
+        finals: numbers of samples at a plan's best scale; all plans get the first before any gets the second.
 
     Returns:
         None when nothing is left.
     """
     known: dict[str, dict[float, float]] = {plan: {} for plan in plans}
-    finished = {(row["plan"], row["scale"]) for row in rows if row["samples"] == final}
+    finished = {(row["plan"], row["scale"], row["samples"]) for row in rows}
     for row in rows:
         if row["plan"] in known and row["samples"] == samples:
             known[row["plan"]][row["scale"]] = row["fd"]
-    wanted = {plan: scale for plan in plans if (scale := _next_scale(known[plan], scales)) is not None}
+    wanted = {plan: scale for plan in plans if (scale := next_scale(known[plan], scales)) is not None}
     if wanted:
         plan = min(wanted, key=lambda plan: len(known[plan]))
         return Measurement(plan, wanted[plan], samples)
-    for plan in plans:
-        best = min(known[plan], key=known[plan].__getitem__)
-        if (plan, best) not in finished:
-            return Measurement(plan, best, final)
+    for final in finals:
+        for plan in plans:
+            best = min(known[plan], key=known[plan].__getitem__)
+            if (plan, best, final) not in finished:
+                return Measurement(plan, best, final)
     return None
 
 
-def _next_scale(known: dict[float, float], scales: Sequence[float]) -> float | None:
-    """The next scale of a plan whose distances at some scales are known."""
+def next_scale(known: dict[float, float], scales: Sequence[float]) -> float | None:
+    """The scale to try next for a plan.
+
+    Args:
+        known: distances at the scales tried so far.
+        scales: to be tried first.
+
+    Returns:
+        None once the best scale lies between others, or cannot be passed: guidance of 1 is none, and beyond
+        ``LARGEST_SCALE`` nothing is tried.
+    """
     for scale in scales:
         if scale not in known:
             return scale
     best = min(known, key=known.__getitem__)
-    # The best scale must lie inside what was tried, or the order that likes guidance most is wronged.
-    return best * 1.5 if best == max(known) < LARGEST_SCALE else None
+    # The best scale must lie inside what was tried, or the order that likes guidance most or least is wronged.
+    if best == max(known) < LARGEST_SCALE:
+        return best * STEP
+    if best == min(known) > SMALLEST_SCALE:
+        return max(SMALLEST_SCALE, best / STEP)
+    return None
 
 
 def claim(path: Path, held: ExitStack) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import flextok_lengths
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.sweep_queue import next_measurement
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
 from vgen.evaluation.features import Extractor, load_extractor
@@ -214,16 +215,34 @@ class Bench:
             pixels=PixelSettings(dtype="bfloat16" if cuda else "float32"),
         )
 
-    def sample(self, plan: Plan, release: Path) -> None:
-        """Distance and accuracy at every guidance scale, then at the best one with more samples."""
-        pipeline, extractor, reference = self.pipeline(plan, release), self.extractor(), self.reference()
-        done = {row["scale"]: row for row in rows(self.out, "samples") if row["plan"] == plan.label}
-        found = []
-        for scale in self.arguments.scales:
-            row = done.get(scale)
-            found.append(row or self._score(plan, pipeline, extractor, reference, scale, final=False))
-        best = min(found, key=lambda row: row["fd"])["scale"]
-        self._score(plan, pipeline, extractor, reference, best, final=True)
+    def sample(self, plans: list[Plan], release: Path) -> None:
+        """Distance and accuracy of some plans over guidance scales, then at each one's best scale with more samples.
+
+        Scales go on where the best one is an edge of those tried; all plans get one scale before any gets the next.
+        """
+        by_label = {plan.label: plan for plan in plans}
+        pipelines = {plan.label: self.pipeline(plan, release) for plan in plans}
+        extractor, reference = self.extractor(), self.reference()
+        while (todo := self._to_score(list(by_label))) is not None:
+            label, scale, final = todo
+            self._score(by_label[label], pipelines[label], extractor, reference, scale, final=final)
+            # A recording belongs to one scale, and those of all plans would fill the device.
+            pipelines[label].free_memory()
+
+    def _to_score(self, labels: list[str]) -> tuple[str, float, bool] | None:
+        """Plan, scale and whether it is the final score of what some plans lack first."""
+        known = rows(self.out, "samples")
+        tried = [row for row in known if row["plan"] in labels and not row["final"]]
+        settings = self.arguments
+        todo = next_measurement(labels, tried, scales=settings.scales, samples=settings.sweep)
+        if todo is not None:
+            return todo.plan, todo.scale, False
+        finished = {row["plan"] for row in known if row["final"]}
+        for label in labels:
+            if label not in finished:
+                best = min((row for row in tried if row["plan"] == label), key=lambda row: row["fd"])
+                return label, best["scale"], True
+        return None
 
     def _score(
         self, plan: Plan, pipeline: Pipeline, extractor: Extractor, reference: Gaussian, scale: float, *, final: bool

@@ -119,12 +119,17 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
     assert (out / "tokenizers.md").read_text().count("\n") == 2 + 3 + 7
 
     # A scale that was scored before a kill is not sampled again, and half a row does not count.
-    lines = (out / "samples.jsonl").read_text().splitlines()
-    (out / "samples.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:20] + "\n")
-    comparison.measure("samples-flextok-ar-4")
-    again = [row for row in tokenizer_scores.rows(out, "samples") if row["plan"] == "flextok-ar-4"]
-    assert [row["final"] for row in again] == [False, False, True]
-    assert again[2]["fd"] == pytest.approx(json.loads(lines[2])["fd"])
+    before = [row for row in tokenizer_scores.rows(out, "samples") if row["plan"] == "titok-ar"]
+    tried = {row["scale"]: row["fd"] for row in before if not row["final"]}
+    assert list(tried)[:2] == [1.5, 2.5]
+    assert before[-1]["final"]
+    assert before[-1]["scale"] == min(tried, key=tried.__getitem__)
+    lines = [json.dumps(row) for row in before]
+    (out / "samples.jsonl").write_text("\n".join(lines[:1]) + "\n" + lines[1][:20] + "\n")
+    comparison.measure("samples-titok_ar")
+    again = tokenizer_scores.rows(out, "samples")
+    assert [(row["scale"], row["final"]) for row in again] == [(row["scale"], row["final"]) for row in before]
+    assert [row["fd"] for row in again] == pytest.approx([row["fd"] for row in before])
 
 
 def test_the_better_titok_is_generated(arguments, tmp_path):
@@ -137,7 +142,9 @@ def test_the_better_titok_is_generated(arguments, tmp_path):
 
 def test_training_commands_compose(arguments):
     words = ["--seconds", "vae=100", "--set", "task.clip=0.5", "vae:task.optimizer.lr=1e-5"]
-    tasks = [task for task in Comparison(parse([*arguments, *words])).tasks() if "train.py" in task.words[0]]
+    tasks = [
+        task for task in Comparison(parse([*arguments, *words])).tasks() if task.words and "train.py" in task.words[0]
+    ]
     assert {task.name for task in tasks} == set(compare_tokenizers.SECONDS)
     for task in tasks:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -173,6 +180,26 @@ def test_tasks_run_in_order_and_a_failure_stops_only_what_needs_it(arguments, tm
     assert "broken" in capsys.readouterr().out
 
 
+def test_a_tokenizer_that_another_program_makes_is_waited_for(arguments, tmp_path, monkeypatch):
+    comparison = Comparison(parse(arguments))
+    tasks = [
+        Task("vq", (), (tmp_path / "released").is_file, []),
+        _python("user", f"assert __import__('os').path.exists({str(tmp_path / 'released')!r})", tmp_path, "vq"),
+    ]
+    monkeypatch.setattr(comparison, "tasks", lambda: tasks)
+    code = f"import time; time.sleep(1.5); open({str(tmp_path / 'released')!r}, 'w').close()"
+    other = subprocess.Popen([sys.executable, "-c", code])
+    comparison.run()
+    assert other.wait(10) == 0
+    assert (tmp_path / "user").is_file()
+    words = list(arguments)
+    words[words.index("--tokenizer") + 1] = str(tmp_path / "later")
+    with pytest.raises(SystemExit):
+        parse(words)
+    later = Comparison(parse([*words, "--await-tokenizer"]))
+    assert {"vq"} == {task.name for task in later.tasks() if not task.words and not task.done()}
+
+
 def test_a_stop_reaches_every_process_once_and_the_command_goes_on(arguments, tmp_path):
     script = tmp_path / "stopped.py"
     script.write_text(
@@ -204,7 +231,7 @@ def test_a_stop_reaches_every_process_once_and_the_command_goes_on(arguments, tm
     assert saved.with_suffix(".done").is_file()
 
 
-def test_bad_arguments(arguments, capsys):
+def test_bad_arguments(arguments, tmp_path, capsys):
     for words, message in (
         (["--seconds", "vqe=3"], "one of vae"),
         (["--raster", "nowhere"], "nowhere is no folder"),
@@ -213,6 +240,11 @@ def test_bad_arguments(arguments, capsys):
             parse([*arguments, *words])
         assert message in capsys.readouterr().err
     Comparison(parse(arguments)).check_same()
-    other: argparse.Namespace = parse([*arguments, "--samples", "25"])
+    # A raster generator may come later, and then stays.
+    raster = str(tmp_path / "vq")
+    Comparison(parse([*arguments, "--raster", raster])).check_same()
+    with pytest.raises(UserError, match="has other raster"):
+        Comparison(parse([*arguments, "--raster", str(tmp_path)])).check_same()
+    other: argparse.Namespace = parse([*arguments, "--raster", raster, "--samples", "25"])
     with pytest.raises(UserError, match="has other samples"):
         Comparison(other).check_same()
