@@ -4,7 +4,6 @@ Half precision is float16 here: the interpreter has no bfloat16 products.
 """
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -283,8 +282,8 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
             assert [most for most, _ in entries] == [2, 4, 8, 16, 32, 64]
             own, given = dict(table[product]), dict(entries)
             assert all(given[most] == own[most] for most in own if most != 8)
-            tile = given[8] and replace(given[8], early=True)
-            assert tile in [None, own[8], *candidates(product, 7)]
+            known = {tile.columns for tile in (own[8], *candidates(product, 7)) if tile}
+            assert given[8] is None or given[8].columns in known
     finally:
         use_tiles(table)
     path.write_text("[]")
