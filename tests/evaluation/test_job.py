@@ -244,19 +244,19 @@ def test_a_killed_job_goes_on_with_the_samples_that_are_there(files, monkeypatch
         "metrics=[fd]",
         f"evaluation.features={files}/tiny.pt",
     )
-    generate, made = Pipeline.generate, []
+    generate, made = Pipeline.generate_ids, []
 
-    def limited(self, labels, index, sampling):
+    def limited(self, labels, index, sampling, **options):
         if len(made) == 6:
             raise KeyboardInterrupt
         made.extend(index.tolist())
-        return generate(self, labels, index, sampling)
+        return generate(self, labels, index, sampling, **options)
 
-    monkeypatch.setattr(Pipeline, "generate", limited)
+    monkeypatch.setattr(Pipeline, "generate_ids", limited)
     with pytest.raises(KeyboardInterrupt):
         evaluate(config)
-    monkeypatch.setattr(Pipeline, "generate", generate)
-    monkeypatch.setattr(Pipeline, "generate", lambda *a: made.extend(a[2].tolist()) or generate(*a))
+    monkeypatch.setattr(Pipeline, "generate_ids", generate)
+    monkeypatch.setattr(Pipeline, "generate_ids", lambda *a, **b: made.extend(a[2].tolist()) or generate(*a, **b))
     report = evaluate(config)
     assert sorted(made) == list(range(10))
     assert report["n_samples"] == 10
