@@ -88,7 +88,7 @@ SHAPES = {"project": (3072, 1024), "wo": (1024, 1024), "gate": (2816, 1024), "w2
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("product", SHAPES)
-@pytest.mark.parametrize("rows", [2, 8, 16, 32, 64])
+@pytest.mark.parametrize("rows", [2, 8, 32])
 def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
