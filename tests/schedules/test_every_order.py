@@ -128,6 +128,7 @@ def test_the_check_notices_broken_plans(name):
         "never": replace(plan, forwards=plan.forwards[:-1]),
         "decided twice": replace(plan, forwards=(*plan.forwards, last)),
         "does not see itself": replace(plan, level_q=plan.level_q - 1),
+        "called settled": replace(plan, forwards=(*plan.forwards[:-1], replace(last, settled=plan.num_rows))),
     }
     if plan.masking is None:
         swapped = (plan.forwards[0], last, *plan.forwards[1:-1])

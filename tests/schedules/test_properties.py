@@ -67,6 +67,33 @@ def test_the_contract_holds(case):
 
 @given(cases())
 @quick
+def test_settled_rows_are_those_in_front_of_all_that_a_pass_writes(case):
+    for forward in load_plan(*case).forwards:
+        # The attention reads these before the kernel that writes the rows of this pass has ended.
+        assert forward.settled == min([*forward.rows.flatten().tolist(), forward.prefix])
+
+
+@given(cases())
+@quick
+def test_reads_by_target_are_the_reads(case):
+    plan = load_plan(*case)
+    for forward in plan.forwards:
+        read, decided = forward.read, forward.targets.shape[-1]
+        once = all(len(targets) == len(set(targets.tolist())) for targets in read.targets)
+        assert bool(read.sources) == once
+        total = torch.zeros(decided)
+        for head, (source, share) in enumerate(zip(read.sources, read.shares, strict=True)):
+            there = source >= 0
+            order = read.targets[head].argsort()
+            assert torch.equal(there.nonzero()[:, 0], read.targets[head][order])
+            assert torch.equal(source[there], read.slots[head][order])
+            assert torch.equal(share[there], read.weights[head][order])
+            total += share
+        assert not once or torch.allclose(total, torch.ones(decided))
+
+
+@given(cases())
+@quick
 def test_passes_follow_the_closed_forms(case):
     name, grid, options = case
     passes, tokens = len(load_plan(name, grid, options).forwards), prod(grid)

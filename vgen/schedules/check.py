@@ -76,6 +76,7 @@ def _check_feeding(plan: Plan, step: torch.Tensor) -> None:
     for index, forward in enumerate(plan.forwards):
         if plan.masking is None:
             assert (step[forward.feed.tokens] < index).all(), "a token is fed before it is decided"
+        assert forward.settled <= int(forward.rows.min()), "a row is called settled in the pass that writes it"
         written[forward.rows] = True
         seen = torch.zeros(plan.num_rows, dtype=torch.bool)
         seen[: forward.prefix] = True if forward.mask is None else forward.mask.any(0)
