@@ -13,7 +13,6 @@ from vgen.layers.drop_path import DropPath
 from vgen.layers.mlp import GeluMLP, SwiGLU
 from vgen.layers.modulation import Modulation
 from vgen.layers.norm import NormKind, RMSNorm, make_norm
-from vgen.layers.persistent import PlainBlock
 
 FeedForwardKind = Literal["swiglu", "gelu", "gelu_tanh"]
 
@@ -138,15 +137,6 @@ class Block(nn.Module):
         self.attention.fused = enabled
         if enabled and self._fusible and isinstance(self.feed_forward, SwiGLU):
             self.feed_forward.merged()
-
-    def plain(self) -> PlainBlock | None:
-        """The parts of a block that the kernels of :mod:`vgen.layers.fused` know; None for others."""
-        feed_forward = self.feed_forward
-        if not self._fusible or not isinstance(feed_forward, SwiGLU):
-            return None
-        assert isinstance(self.attention_norm, RMSNorm)
-        assert isinstance(self.ffn_norm, RMSNorm)
-        return PlainBlock(self.attention_norm, self.attention, self.ffn_norm, feed_forward)
 
     def _fused(self, x: Tensor, view: View, layer: int) -> Tensor:
         """The same in fewer kernels."""

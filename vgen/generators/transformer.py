@@ -40,7 +40,6 @@ from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
 from vgen.layers.norm import NormKind, RMSNorm, make_norm
-from vgen.layers.persistent import PersistentBlocks
 from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
@@ -303,7 +302,6 @@ class Transformer(nn.Module):
         self.residual_dtype: torch.dtype | None = None
         self._compiled_group: Callable[..., Tensor] | None = None
         self._group = 1
-        self._persistent: PersistentBlocks | None = None
 
     def compile_blocks(self, *, group: int = 1) -> None:
         """Compile the blocks for training, in place: names of parameters stay, and one compilation serves all groups.
@@ -330,12 +328,8 @@ class Transformer(nn.Module):
         Sums of bfloat16 products round differently in them. The first call moves weights, see :meth:`Block.fuse`.
         """
         self.fused = enabled
-        blocks = self._blocks()
-        for block in blocks:
+        for block in self._blocks():
             block.fuse(enabled)
-        plain = [part for block in self.layers if isinstance(block, Block) and (part := block.plain()) is not None]
-        known = enabled and self.first_skip == len(plain) == len(self.layers)
-        self._persistent = PersistentBlocks(plain) if known and PersistentBlocks.fits(plain) else None
 
     @property
     def num_condition(self) -> int:
@@ -518,10 +512,6 @@ class Transformer(nn.Module):
         Returns:
             One hidden state [B, F, dim] per output head.
         """
-        if self._persistent is not None and not self.training:
-            states = self._persistent.run(x, view, self.num_readouts)
-            if states is not None:
-                return states
         hidden: list[Tensor] = []
         earlier: list[Tensor] = []
         # Only training calls the compiled blocks: decoding changes shapes at every pass, and each would compile again.

@@ -125,7 +125,7 @@ def _by_row(
 
 
 @triton.jit
-def ask(
+def _ask(
     weight,
     scale,
     first,
@@ -171,7 +171,7 @@ def _product(
     """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with rows of a weight [N, K], or [2 N, K].
 
     Args:
-        weights: what :func:`ask` gave of the weight.
+        weights: what :func:`_ask` gave of the weight.
     """
     if KIND == BY_ROW:
         return _by_row(x, scale, weights, rows, eps, K, NORM, SCALED, ROWS, INNER)
@@ -218,76 +218,8 @@ def project_rows(
     """Norm, query-key-value projection, rotary code and cache write of few rows."""
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weights = _ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, KIND)
     wait(EARLY)
-    project(
-        x,
-        scale,
-        weights,
-        weight,
-        query,
-        key,
-        value,
-        rope,
-        cache_rows,
-        first,
-        rows,
-        fed,
-        rope_batch,
-        rows_batch,
-        cache_batch,
-        cache_head,
-        eps,
-        HEADS,
-        KV_HEADS,
-        HEAD_DIM,
-        ROPE,
-        N,
-        K,
-        SCALED,
-        ROWS,
-        COLUMNS,
-        INNER,
-        KIND,
-        PARTS,
-        FLYING,
-    )
-
-
-@triton.jit
-def project(
-    x,
-    scale,
-    weights,
-    weight,
-    query,
-    key,
-    value,
-    rope,
-    cache_rows,
-    first,
-    rows,
-    fed,
-    rope_batch,
-    rows_batch,
-    cache_batch,
-    cache_head,
-    eps,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ROPE: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    KIND: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLYING: tl.constexpr,
-):
-    """COLUMNS columns of the projection from ``first`` on, of x that is there now; ``weights`` as from :func:`ask`."""
     rotation = ask_for_rotation(
         rope, cache_rows, 0, first, rows, fed, rope_batch, rows_batch, HEADS, KV_HEADS, HEAD_DIM, ROPE, ROWS, COLUMNS
     )
@@ -353,31 +285,8 @@ def add_rows(
     """Product of few rows, x W^T, or residual + x W^T with ``ADD``."""
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weights = _ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, KIND)
     wait(EARLY)
-    add(x, weights, weight, residual, out, first, rows, N, K, ADD, ROWS, COLUMNS, INNER, KIND, PARTS, FLYING)
-
-
-@triton.jit
-def add(
-    x,
-    weights,
-    weight,
-    residual,
-    out,
-    first,
-    rows,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ADD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    KIND: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLYING: tl.constexpr,
-):
-    """COLUMNS columns of the product or sum from ``first`` on, of x that is there now; ``weights`` from :func:`ask`."""
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
     here = (row < rows) & (column < N)
@@ -432,32 +341,8 @@ def gate_rows(
     """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T), W and V one above the other."""
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weights = _ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, KIND)
     wait(EARLY)
-    gate(x, scale, weights, weight, out, first, rows, eps, N, K, SCALED, ROWS, COLUMNS, INNER, KIND, PARTS, FLYING)
-
-
-@triton.jit
-def gate(
-    x,
-    scale,
-    weights,
-    weight,
-    out,
-    first,
-    rows,
-    eps,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    KIND: tl.constexpr,
-    PARTS: tl.constexpr,
-    FLYING: tl.constexpr,
-):
-    """COLUMNS gated products from ``first`` on, of x that is there now; ``weights`` as from :func:`ask`."""
     both = _product(
         x,
         scale,

@@ -32,7 +32,7 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
 
 
 @cache
-def interpreted() -> bool:
+def _interpreted() -> bool:
     """Whether Triton runs on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -42,7 +42,7 @@ def why_not(device: torch.device) -> str | None:
     """What is missing on a device to run the kernels; None = nothing."""
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if interpreted():
+    if _interpreted():
         return None
     if device.type != "cuda":
         return f"its kernels need a CUDA device and this one is {device}"

@@ -121,8 +121,8 @@ def short_attention(
     batch, heads, fed, width = query.shape
     kv_heads, prefix = key.shape[1], key.shape[2]
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    if bias is not None:
-        bias = aligned_bias(bias, prefix)
+    if bias is not None and (bias.stride(1) != 1 or bias.stride(0) != _padded(prefix)):
+        bias = F.pad(bias, (0, _padded(prefix) - prefix))
     if tile is None:
         row_bytes = width * key.element_size()
         sizes = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "fed": fed, "prefix": prefix}
@@ -184,10 +184,9 @@ def short_attention(
     return out
 
 
-def aligned_bias(bias: Tensor, prefix: int) -> Tensor:
-    """An additive mask [F, prefix] whose lines begin where the kernels want them; copied unless they do."""
-    padded = -(-prefix // 16) * 16
-    return bias if bias.stride(1) == 1 and bias.stride(0) == padded else F.pad(bias, (0, padded - prefix))
+def _padded(prefix: int) -> int:
+    """Columns of an additive mask in memory."""
+    return -(-prefix // 16) * 16
 
 
 def _power_of_two(number: int) -> int:

@@ -92,169 +92,15 @@ def attend_prefix(
         DIM: WIDTH rounded up to what the matrix units take.
         EARLY: wait for the kernel in front (programmatic dependent launch).
     """
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    COLUMNS: tl.constexpr = SHARED * ROWS
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         if HELD == 0:
             tl.extra.cuda.gdc_wait()
-    unit, part, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    keys, values = ask_for_rows(
-        key,
-        value,
-        key_batch,
-        key_head,
-        key_row,
-        value_batch,
-        value_head,
-        value_row,
-        unit,
-        split * span,
-        settled,
-        KV_HEADS,
-        WIDTH,
-        DIM,
-        SHARED,
-        ROWS,
-        HELD,
-    )
-    if EARLY and HELD > 0:
-        tl.extra.cuda.gdc_wait()
-    attend(
-        query,
-        key,
-        value,
-        bias,
-        out,
-        peaks,
-        sums,
-        query_batch,
-        query_head,
-        query_slot,
-        key_batch,
-        key_head,
-        key_row,
-        value_batch,
-        value_head,
-        value_row,
-        bias_slot,
-        fed,
-        prefix,
-        settled,
-        span,
-        scale,
-        keys,
-        values,
-        unit,
-        tl.num_programs(0),
-        part,
-        split,
-        tl.num_programs(2),
-        KV_HEADS,
-        GROUP,
-        WIDTH,
-        DIM,
-        SHARED,
-        QUERIES,
-        ROWS,
-        HELD,
-        FRESH,
-        BIASED,
-        SPLIT,
-    )
-
-
-@triton.jit
-def ask_for_rows(
-    key,
-    value,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    unit,
-    low,
-    settled,
-    KV_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    SHARED: tl.constexpr,
-    ROWS: tl.constexpr,
-    HELD: tl.constexpr,
-):
-    """HELD tiles of settled keys and of their values from step ``low`` on, all loads in flight at once."""
-    if HELD == 0:
-        return (low,), (low,)
-    else:
-        sample, first = _whose(unit, KV_HEADS, SHARED)
-        width = tl.arange(0, DIM)
-        column = tl.arange(0, SHARED * ROWS)
-        head = (first + column // ROWS)[:, None]
-        held, mixtures = (), ()
-        for number in tl.static_range(HELD):
-            row = (low + number) * ROWS + column % ROWS
-            loaded = (row < settled)[:, None] & (width < WIDTH)[None, :]
-            places = key + sample * key_batch + head * key_head + row[:, None] * key_row + width[None, :]
-            held = held + (tl.load(places, mask=loaded, other=0.0),)
-            places = value + sample * value_batch + head * value_head + row[:, None] * value_row + width[None, :]
-            mixtures = mixtures + (tl.load(places, mask=loaded, other=0.0),)
-        return held, mixtures
-
-
-@triton.jit
-def _whose(unit, KV_HEADS: tl.constexpr, SHARED: tl.constexpr):
-    """Sample and first key-value head of a unit of SHARED heads."""
-    return (unit // (KV_HEADS // SHARED)).to(tl.int64), (unit % (KV_HEADS // SHARED)) * SHARED
-
-
-@triton.jit
-def attend(
-    query,
-    key,
-    value,
-    bias,
-    out,
-    peaks,
-    sums,
-    query_batch,
-    query_head,
-    query_slot,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    bias_slot,
-    fed,
-    prefix,
-    settled,
-    span,
-    scale,
-    held,
-    mixtures,
-    unit,
-    units,
-    part,
-    split,
-    splits,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    SHARED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    HELD: tl.constexpr,
-    FRESH: tl.constexpr,
-    BIASED: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """What :func:`attend_prefix` does once all rows are written; the tiles are those of :func:`ask_for_rows`."""
-    HEADS: tl.constexpr = KV_HEADS * GROUP
-    COLUMNS: tl.constexpr = SHARED * ROWS
-    sample, first = _whose(unit, KV_HEADS, SHARED)
-    entry = part * QUERIES + tl.arange(0, QUERIES)
+    sample = (tl.program_id(0) // (KV_HEADS // SHARED)).to(tl.int64)
+    first = (tl.program_id(0) % (KV_HEADS // SHARED)) * SHARED
+    entry = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     asked = entry < SHARED * GROUP * fed
     head, slot = entry // fed, entry % fed
     width = tl.arange(0, DIM)
@@ -264,8 +110,16 @@ def attend(
     keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
     values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
     biases = bias + slot[:, None] * bias_slot
-    low = split * span
+    low = tl.program_id(2) * span
 
+    held, mixtures = (), ()
+    for number in tl.static_range(HELD):
+        row = (low + number) * ROWS + place
+        loaded = (row < settled)[:, None] & inside[None, :]
+        held = held + (tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0),)
+        mixtures = mixtures + (tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0),)
+    if EARLY and HELD > 0:
+        tl.extra.cuda.gdc_wait()
     queries = tl.load(
         query
         + sample * query_batch
@@ -282,7 +136,7 @@ def attend(
     mixed = tl.zeros([QUERIES, DIM], tl.float32)
     if HELD > 0:
         # The rows of a pass come after those of earlier ones, so this is mostly all of them.
-        end = tl.where(split == splits - 1, prefix, settled)
+        end = tl.where(tl.program_id(2) == tl.num_programs(2) - 1, prefix, settled)
         last_keys = key + sample * key_batch + first * key_head + width[None, :]
         last_values = value + sample * value_batch + first * value_head + width[None, :]
         new = settled + tl.arange(0, FRESH)
@@ -330,7 +184,7 @@ def attend(
 
     line = (sample * fed + slot) * HEADS + first * GROUP + head
     if SPLIT:
-        line += tl.cast(split, tl.int64) * (units // (KV_HEADS // SHARED)) * fed * HEADS
+        line += tl.program_id(2).to(tl.int64) * (tl.num_programs(0) // (KV_HEADS // SHARED)) * fed * HEADS
         tl.store(peaks + line, peak, mask=asked)
         tl.store(sums + line, total, mask=asked)
     else:
