@@ -105,6 +105,7 @@ def plot(table: Rows, sweep: Rows, samples: int, path: Path) -> None:
         passes = row["passes"] or 0
         right.scatter(passes, row["fd"], color=line.get_color(), zorder=3)
         right.annotate(row["plan"], (passes, row["fd"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    right.margins(x=0.2)
     left.set(xlabel="guidance scale", ylabel=f"Frechet distance, {samples} samples", yscale="log")
     right.set(
         xlabel="forward passes",
@@ -114,6 +115,9 @@ def plot(table: Rows, sweep: Rows, samples: int, path: Path) -> None:
     left.legend(fontsize=7)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
+        # Distances often span less than a decade, where powers of ten tell little.
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:g}")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
