@@ -144,6 +144,9 @@ def multiply_tiles(
         if chunk + FLYING < CHUNKS:
             values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS),)
         out = tl.dot(weights[chunk], values[chunk], out, input_precision="ieee")
+        # Triton (3.6 to 3.8) lets one half of eight warps store the next tile over the one that the other half still
+        # multiplies with.
+        tl.debug_barrier()
         if NORM:
             squares += values[chunk].to(tl.float32) * values[chunk].to(tl.float32)
     return _own(out, squares, eps, K, NORM, LINES, PARTS)
