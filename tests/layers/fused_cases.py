@@ -14,7 +14,9 @@ from benchmarks.tiles import candidates, read_tiles
 from tests.generators.helpers import tiny_generator
 from vgen.errors import UserError
 from vgen.generators.block import Block
-from vgen.layers import fused
+from vgen.generators.conditioning import TextCondition
+from vgen.generators.transformer import Transformer
+from vgen.layers import attention, fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
 from vgen.layers.norm import RMSNorm
@@ -183,15 +185,37 @@ def test_decoding_draws_the_tokens_of_the_plain_network(name):
     labels = torch.tensor([1, 2])
     shared = {"sampling": Sampling(seed=1, guidance=Guidance(scale=2.0, end=4)), "sample_index": torch.arange(2)}
     expected = decode(generator, plan, labels, **shared)
-    calls = []
-    before = fused.before
+    calls, asked = [], []
+    before, short = fused.before, attention.short_attention
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "before", lambda *given: calls.append(1) or before(*given))
+        patch.setattr(attention, "short_attention", lambda *given, **more: asked.append(1) or short(*given, **more))
         decoder = Decoder(generator, plan, engine="fused", record=lambda run, device: run)
         assert torch.equal(decoder(labels, **shared), expected)
     assert calls
+    assert len(asked) == len(calls)
     assert not generator.fused
     assert torch.equal(decode(generator, plan, labels, **shared), expected)
+
+
+def test_padded_captions_reach_the_attention_kernel():
+    plan = raster(grid=(2, 3), num_condition=4)
+    condition = TextCondition(caption_dim=6, num_slots=4, dim=32)
+    generator = Transformer(vocab_size=11, grid=(2, 3), condition=condition, dim=32, depth=1, heads=2).eval()
+    for weight in generator.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    shared = {"sampling": Sampling(guidance=Guidance(scale=2.0)), "sample_index": torch.arange(2)}
+    shared["padding"] = torch.tensor([[False, False, True, True], [False, True, True, True]])
+    text, asked, short = torch.randn(2, 4, 6), [], attention.short_attention
+    expected = decode(generator, plan, text, **shared)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "short_attention", lambda *given, **more: asked.append(1) or short(*given, **more))
+        assert torch.equal(
+            Decoder(generator, plan, engine="fused", record=lambda run, _: run)(text, **shared), expected
+        )
+    assert len(asked) == plan.num_passes
+    other = shared | {"padding": torch.ones(2, 4, dtype=torch.bool)}
+    assert not torch.equal(decode(generator, plan, text, **other), expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

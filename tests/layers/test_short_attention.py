@@ -36,8 +36,8 @@ def case(batch, heads, kv_heads, fed, prefix, width, dtype=torch.float32, masked
     cache[:, :, :, :prefix] = torch.randn(2, batch, kv_heads, prefix, width, device=device)
     bias = None
     if masked:
-        visible = torch.rand(fed, prefix, device=device) < 0.6
-        visible[:, -1] = True
+        visible = torch.rand(*([batch, 1] if masked == "own" else []), fed, prefix, device=device) < 0.6
+        visible[..., -1] = True
         bias = additive_mask(visible, dtype)
     return query, cache[0, :, :, :prefix], cache[1, :, :, :prefix], bias
 
@@ -60,6 +60,8 @@ FEW = Tile(rows=16, shared=1, queries=16, warps=4, stages=2)
         ((2, 4, 2, 3, 70, 8), True, None),
         ((1, 6, 2, 5, 37, 12), True, FEW),  # 15 of 16 rows used
         ((1, 4, 1, 5, 40, 16), True, FEW),  # 20 queries in two blocks
+        ((3, 2, 2, 2, 20, 16), "own", None),
+        ((3, 4, 4, 2, 33, 16), "own", Tile(16, 4, 16, 2, 2)),
         ((2, 4, 4, 4, 33, 16), True, Tile(16, 4, 16, 2, 2)),
         ((2, 8, 4, 2, 33, 16), False, Tile(16, 4, 16, 2, 1)),
         ((1, 8, 8, 1, 70, 16), False, Tile(32, 8, 16, 2, 3)),
@@ -91,6 +93,7 @@ HELD = Tile(rows=16, shared=1, queries=16, warps=4, stages=2, held=2, fresh=16)
         ((1, 2, 1, 3, 150, 16), 97, False, replace(HELD, held=1, span=2)),
         ((1, 2, 2, 1, 600, 16), 599, False, None),
         ((2, 2, 2, 31, 231, 16), 200, True, None),
+        ((3, 2, 1, 3, 60, 16), 50, "own", HELD),
     ],
 )
 def test_settled_rows_are_read_apart(sizes, settled, masked, tile):

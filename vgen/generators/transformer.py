@@ -744,6 +744,9 @@ class Transformer(nn.Module):
             mask = mask_padding(visible, padding, forward.rows)
         elif located is not None and located.bias is not None:
             mask = located.bias
+        if mask is not None and self.fused and mask.dtype == torch.bool:
+            # The attention kernel of decoding takes summands only.
+            mask = additive_mask(mask, self.dtype)
         x, view = self.enter(
             ids,
             condition,

@@ -70,10 +70,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Ten
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask bool [F, P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does either again."""
+    """A mask bool [..., P] as 0 and -inf, with rows aligned as kernels want them, so that no layer does it again."""
     columns = mask.shape[-1]
-    rows = torch.zeros(len(mask), -(-columns // 16) * 16, dtype=dtype, device=mask.device)
-    return rows[:, :columns].masked_fill_(~mask, float("-inf"))
+    rows = torch.zeros(*mask.shape[:-1], -(-columns // 16) * 16, dtype=dtype, device=mask.device)
+    return rows[..., :columns].masked_fill_(~mask, float("-inf"))
 
 
 def attend_blocks(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask) -> Tensor:

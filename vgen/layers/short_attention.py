@@ -86,7 +86,7 @@ def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
         and query.dtype == key.dtype
         and query.shape[2] * (query.shape[1] // key.shape[1]) <= _MOST_QUERIES
         and query.shape[-1] <= 256
-        and (mask is None or (mask.dim() == 2 and mask.is_floating_point()))
+        and (mask is None or (mask.is_floating_point() and (mask.dim() == 2 or mask.shape[1] == 1)))
         and not torch.is_grad_enabled()
         and _kernels() is not None
     )
@@ -107,7 +107,7 @@ def short_attention(
         query: [B, heads, F, head_dim], any strides but the last.
         key: [B, kv_heads, P, head_dim], likewise; kv_heads divides heads (grouped-query attention, repeated in blocks).
         value: like key.
-        bias: [F, P], added to the scores; -inf hides; taken as it is if made by
+        bias: [F, P], or every sample's own, [B, 1, F, P], added to the scores; -inf hides; taken as it is if made by
             :func:`vgen.layers.attention.additive_mask`, otherwise copied. A query that sees nothing gives zeros.
         settled: leading rows that earlier passes wrote: they may be read before the kernel in front has ended, see
             :func:`vgen.layers.early_launch.early_launch`.
@@ -121,7 +121,7 @@ def short_attention(
     batch, heads, fed, width = query.shape
     kv_heads, prefix = key.shape[1], key.shape[2]
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    if bias is not None and (bias.stride(1) != 1 or bias.stride(0) != _padded(prefix)):
+    if bias is not None and (bias.stride(-1) != 1 or bias.stride(-2) != _padded(prefix)):
         bias = F.pad(bias, (0, _padded(prefix) - prefix))
     if tile is None:
         row_bytes = width * key.element_size()
@@ -155,7 +155,8 @@ def short_attention(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
-            0 if bias is None else bias.stride(0),
+            0 if bias is None or bias.dim() == 2 else bias.stride(0),
+            0 if bias is None else bias.stride(-2),
             fed,
             prefix,
             settled,

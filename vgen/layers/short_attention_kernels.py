@@ -49,6 +49,7 @@ def attend_prefix(
     value_batch,
     value_head,
     value_row,
+    bias_batch,
     bias_slot,
     fed,
     prefix,
@@ -80,7 +81,8 @@ def attend_prefix(
         query: [B, KV_HEADS GROUP, fed, WIDTH]; the numbers named after it are its strides.
         key: [B, KV_HEADS, prefix, WIDTH].
         value: like key.
-        bias: [fed, bias_slot] with bias_slot >= prefix, added to the scores; not read unless BIASED.
+        bias: [fed, bias_slot] with bias_slot >= prefix, added to the scores, bias_batch numbers on for every sample, 0
+            where they share it; not read unless BIASED.
         out: [B, fed, KV_HEADS GROUP, WIDTH]; with SPLIT float32 [splits, ...], not divided by the sums.
         peaks: with SPLIT float32 [splits, B, fed, KV_HEADS GROUP], largest scores in powers of two; otherwise not used.
         sums: likewise, sums of the weights.
@@ -109,7 +111,7 @@ def attend_prefix(
     place = column % ROWS if SHARED > 1 else column
     keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
     values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
-    biases = bias + slot[:, None] * bias_slot
+    biases = bias + sample * bias_batch + slot[:, None] * bias_slot
     low = tl.program_id(2) * span
 
     held, mixtures = (), ()
