@@ -33,7 +33,8 @@ def candidates(product: Product, rows: int) -> list[Tile]:
     tiles += [Tile("held", 32, 128, 8, few, parts=4), Tile("held", 32, 128, 4, few, parts=2)]
     if rows <= 32:
         tiles += [Tile("held", 8, 128, 4, few, parts=8), Tile("held", 16, 256, 4, 1, parts=4)]
-        tiles += [Tile("held", 16, 128, 8, few, parts=8)]
+        # The last leaves room for a neighbour with 32 rows too.
+        tiles += [Tile("held", 16, 128, 8, few, parts=8), Tile("held", 8, 64, 4, 1, parts=8)]
     if product in ("project", "gate"):
         tiles += [Tile("held", 64, 128, 4, few), Tile("held", 64, 128, 8, few, parts=2)]
     tiles += [Tile("streamed", 16, 128, 2, 4), Tile("streamed", 16, 128, 2, 5, early=False)]
