@@ -3,7 +3,7 @@
 Module names are those of ``maskgit-vqgan-imagenet-f16-256.bin``. The networks work in [0, 1]; there is no attention.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import UserError
-from vgen.tokenizers.base import TokenizerOutput
+from vgen.tokenizers.grid_vq import GridVQ
 from vgen.tokenizers.norm_swish import group_norm
-from vgen.tokenizers.proxy import PixelDecoder, ProxyTokenizer
+from vgen.tokenizers.proxy import PixelDecoder
 from vgen.tokenizers.quantize import VectorQuantizer
 
 
@@ -155,7 +155,7 @@ class MaskGITDecoder(PixelDecoder):
         return self.conv_out(features)
 
 
-class MaskGITVQGAN(ProxyTokenizer):
+class MaskGITVQGAN(GridVQ):
     """The convolutional tokenizer itself: ids in raster order on a grid of image_size / stride.
 
     Images of any height and width divisible by the stride are accepted; `image_size` only fixes the usual token grid.
@@ -175,6 +175,9 @@ class MaskGITVQGAN(ProxyTokenizer):
         UserError: if the sizes contradict each other.
     """
 
+    encoder: Encoder
+    decoder: MaskGITDecoder
+
     def __init__(
         self,
         *,
@@ -193,9 +196,6 @@ class MaskGITVQGAN(ProxyTokenizer):
         stride = 2 ** (len(multipliers) - 1)
         if image_size < 1 or image_size % stride:
             raise UserError(f"tokenizer.image_size={image_size} must be a multiple of the stride {stride}")
-        side = image_size // stride
-        super().__init__(image_size=image_size, grid=(side, side), codebook_size=codebook_size)
-        self.stride = stride
         sizes: dict[str, Any] = {
             "base_channels": base_channels,
             "multipliers": list(multipliers),
@@ -203,35 +203,25 @@ class MaskGITVQGAN(ProxyTokenizer):
             "z_channels": z_channels,
             "norm_groups": norm_groups,
         }
-        self._sizes = sizes
-        self.encoder = Encoder(**sizes)
-        self.decoder = MaskGITDecoder(**sizes)
-        self.quantize = VectorQuantizer(
-            codebook_size=codebook_size,
-            codebook_dim=z_channels,
-            l2_normalize=False,
-            commitment_weight=commitment_weight,
-            usage_window=usage_window,
+        super().__init__(
+            image_size=image_size,
+            stride=stride,
+            encoder=Encoder(**sizes),
+            decoder=MaskGITDecoder(**sizes),
+            quantize=VectorQuantizer(
+                codebook_size=codebook_size,
+                codebook_dim=z_channels,
+                l2_normalize=False,
+                commitment_weight=commitment_weight,
+                usage_window=usage_window,
+            ),
         )
-        self._compiled: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
-
-    @property
-    def codebook(self) -> Tensor:
-        """Codes as the decoder sees them, float32 [K, C]."""
-        return self.quantize.codebook
+        self._sizes = sizes
 
     @property
     def last_layer(self) -> nn.Parameter:
         """Weight of the decoder's last convolution."""
         return self.decoder.last_layer
-
-    def compile_parts(self) -> None:
-        """Compile the convolutional networks in place for training; names of parameters stay."""
-        self._compiled = (torch.compile(self.encoder.forward), torch.compile(self.decoder.features))
-
-    def _trains(self) -> bool:
-        """Only training uses the compiled networks: other modes and shapes would compile again."""
-        return self.training and torch.is_grad_enabled()
 
     def pixel_decoder_config(self) -> dict[str, Any]:
         """Constructor arguments of the decoder."""
@@ -247,53 +237,12 @@ class MaskGITVQGAN(ProxyTokenizer):
         return True
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels in [-1, 1] [B, 3, H, W] to latents before quantization, [B, z_channels, h, w].
-
-        Raises:
-            UserError: if the images do not have 3 channels or a side is not divisible by the stride.
-        """
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise UserError(f"the tokenizer takes pixels [B, 3, H, W], got shape {list(pixels.shape)}")
-        height, width = pixels.shape[2:]
-        if height % self.stride or width % self.stride or not height * width:
-            raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {self.stride}")
-        encode = self._compiled[0] if self._compiled and self._trains() else self.encoder
+        """Latents before quantization; see :meth:`GridVQ.latents`, [B, z_channels, h, w]."""
+        self.check_pixels(pixels)
+        encode, _ = self._networks()
         return encode((pixels.to(self.encoder.conv_in.weight.dtype) + 1.0) / 2.0)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Codes [B, z_channels, h, w] to float32 pixels [B, 3, H, W] in about [-1, 1]."""
-        features = self._compiled[1] if self._compiled and self._trains() else self.decoder.features
+        _, features = self._networks()
         return self.decoder.finish(features(latents.to(self.last_layer.dtype))).float() * 2.0 - 1.0
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels in [-1, 1] [B, 3, H, W] to ids int64 [B, N] in raster order."""
-        latents = self.latents(pixels)
-        with torch.autocast(latents.device.type, enabled=False):
-            ids = self.quantize.nearest(self.quantize.rows(latents), self.codebook)
-        return ids.view(len(pixels), -1)
-
-    def decode(self, ids: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """Ids int64 [B, N] in raster order to float32 pixels, not clamped.
-
-        Args:
-            ids: int64 [B, N].
-            grid: (rows, columns) when the image is not `image_size` square.
-
-        Raises:
-            UserError: if the number of ids does not fit the grid.
-        """
-        rows, columns = self.grid if grid is None else grid
-        if ids.dim() != 2 or ids.shape[1] != rows * columns:
-            raise UserError(
-                f"ids of shape {list(ids.shape)} do not fill a token grid of {rows} x {columns}; pass grid="
-            )
-        return self.decode_latents(self.quantize.lookup(ids).transpose(1, 2).unflatten(2, (rows, columns)))
-
-    def forward(self, pixels: Tensor) -> TokenizerOutput:
-        """Reconstruct pixels [B, 3, H, W] with gradients through the quantizer."""
-        quantized = self.quantize(self.latents(pixels))
-        return TokenizerOutput(self.decode_latents(quantized.latent), quantized.ids, quantized.losses)
-
-    def statistics(self, ids: Tensor) -> dict[str, Tensor]:
-        """Perplexity of `ids` and the share of the codebook used in the recent window of training tokens."""
-        return super().statistics(ids) | {"codebook_usage": self.quantize.usage()}
