@@ -1,7 +1,7 @@
 import json
-import runpy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -10,26 +10,15 @@ from tests.paths import ROOT
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """Run evaluate.py in this process; returns the exit status, standard output and standard error."""
+def evaluate(command, monkeypatch, tmp_path):
+    """Run evaluate.py in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-        except SystemExit as stop:
-            status = stop.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+    return partial(command, "evaluate.py")
 
 
-def test_digits_from_an_npz(command, tmp_path):
+def test_digits_from_an_npz(evaluate, tmp_path):
     save_npz(tmp_path / "samples.npz", 20, seed=0, size=16)
-    status, out, _ = command("samples=samples.npz", "data=digits", "evaluation.metrics=[nearest]", "out=sub/r.json")
+    status, out, _ = evaluate("samples=samples.npz", "data=digits", "evaluation.metrics=[nearest]", "out=sub/r.json")
     assert status == 0
     assert "nearest_ratio" in out
     report = json.loads((tmp_path / "sub" / "r.json").read_text())
@@ -48,8 +37,8 @@ def test_digits_from_an_npz(command, tmp_path):
         (("checkpoint=gone", "sampling.temperature=0"), "gone is not a release folder"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(command, arguments, message):
-    status, out, err = command(*arguments)
+def test_a_mistake_is_one_line_and_status_2(evaluate, arguments, message):
+    status, out, err = evaluate(*arguments)
     assert status == 2
     assert out == ""
     assert err.startswith("error: ")
@@ -57,22 +46,22 @@ def test_a_mistake_is_one_line_and_status_2(command, arguments, message):
     assert message in err
 
 
-def test_an_unknown_key_is_refused(command):
-    status, _, err = command("sample=x.npz")
+def test_an_unknown_key_is_refused(evaluate):
+    status, _, err = evaluate("sample=x.npz")
     assert status == 1
     assert "sample" in err
     assert "not in struct" in err
 
 
 @pytest.mark.parametrize("group", ["default", "fid", "cifar10", "imagenet512_adm_50k", "k600_larp_50k"])
-def test_every_group_composes(command, group):
-    status, out, _ = command("--cfg", "job", f"evaluation={group}")
+def test_every_group_composes(evaluate, group):
+    status, out, _ = evaluate("--cfg", "job", f"evaluation={group}")
     assert status == 0
     assert "metrics:" in out
 
 
-def test_help_says_how(command):
-    status, out, _ = command("--help")
+def test_help_says_how(evaluate):
+    status, out, _ = evaluate("--help")
     assert not status
     assert "python evaluate.py samples=" in out
     groups = next(line for line in out.splitlines() if line.startswith("evaluation: "))

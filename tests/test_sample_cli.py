@@ -9,32 +9,33 @@ from tests.checkpoints.helpers import tiny_release
 from tests.paths import ROOT
 
 
-def sample(*arguments, launcher=(sys.executable,)):
-    command = [*launcher, str(ROOT / "sample.py"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def sample(*arguments, launcher=()):
+    words = [sys.executable, *launcher, str(ROOT / "sample.py"), *arguments]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
-def test_two_processes_write_the_same_file_as_one(tmp_path):
+def test_two_processes_write_the_same_file_as_one(command, tmp_path):
     release = tiny_release(tmp_path)
     common = [f"checkpoint={release}", "num_samples=9", "batch_size=2", "device=cpu", "sampling.guidance.scale=2"]
-    one = sample(*common, "animate=2", f"out={tmp_path / 'one'}")
-    assert one.returncode == 0, one.stderr
-    assert "samples.npz" in one.stdout
-    assert "img/s" in one.stderr
+    status, out, err = command("sample.py", *common, "animate=2", f"out={tmp_path / 'one'}")
+    assert status == 0, err
+    assert "samples.npz" in out
+    assert "img/s" in err
     assert (tmp_path / "one" / "decode.gif").is_file()
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29713")
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")
     two = sample(*common, f"out={tmp_path / 'two'}", launcher=torchrun)
     assert two.returncode == 0, two.stderr
     first, second = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "two"))
     assert np.array_equal(first, second)
 
 
-def test_a_part_of_a_picture_is_kept(tmp_path):
+def test_a_part_of_a_picture_is_kept(command, tmp_path):
     Image.effect_noise((8, 8), 90).convert("RGB").save(tmp_path / "picture.png")
     release = tiny_release(tmp_path)
     edit = ["edit=picture", f"edit.image={tmp_path / 'picture.png'}", "edit.box=[0,0,4,8]"]
-    run = sample(f"checkpoint={release}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}", *edit)
-    assert run.returncode == 0, run.stderr
+    words = [f"checkpoint={release}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}", *edit]
+    status, _, err = command("sample.py", *words)
+    assert status == 0, err
     pictures = np.load(tmp_path / "out" / "samples.npz")["arr_0"]
     assert pictures.shape == (3, 8, 8, 3)
     identity = json.loads((tmp_path / "out" / "samples.json").read_text())["identity"]
@@ -48,7 +49,7 @@ def test_mistakes_end_with_one_line_and_status_2(tmp_path):
     assert len(run.stderr.strip().splitlines()) == 1
 
 
-def test_unknown_key_is_refused():
-    run = sample("checkpoint=x", "bogus=1")
-    assert run.returncode != 0
-    assert "bogus" in run.stderr
+def test_unknown_key_is_refused(command):
+    status, _, err = command("sample.py", "checkpoint=x", "bogus=1")
+    assert status == 1
+    assert "bogus" in err

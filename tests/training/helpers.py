@@ -1,5 +1,8 @@
 """Tiny runs of the real configuration."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,10 +10,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from tests.paths import CONFIGS
+from tests.paths import CONFIGS, ROOT
 from vgen.data.digits import digits
 from vgen.data.source import DataSource
 from vgen.training.run import Result, train
+from vgen.training.settings import RUN_DIR_VARIABLE
 
 COMMON = [
     "data._target_=tests.training.helpers.few_digits",
@@ -49,6 +53,7 @@ GENERATOR = [
     "task.batch_size=8",
     "task.cache_codes=false",
 ]
+NO_DROPOUT = [f"generator.{name}_dropout=0" for name in ("token", "residual", "ffn")]
 
 
 def few_digits(**settings) -> DataSource:
@@ -70,6 +75,28 @@ def composed(*overrides: str) -> DictConfig:
 
 def run(folder: Path, *overrides: str) -> Result:
     return train(composed(*overrides, f"run_dir={folder}", f"paths.cache={folder.parent / 'cache'}"))
+
+
+def launch(folder: Path, *overrides: str, torchrun: bool) -> Result:
+    """The same in a process of its own, or as many as it starts."""
+    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"] if torchrun else []
+    command = [sys.executable, *start, "train.py", *overrides, f"run_dir={folder}"]
+    command.append(f"paths.cache={folder.parent / 'cache'}")
+    # The folder of a run before, which a process that torchrun started would take for its own.
+    environment = {name: value for name, value in os.environ.items() if name != RUN_DIR_VARIABLE}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Result(folder, folder / "release", folder / "checkpoints", folder / "metrics.csv", folder / "pictures", {})
+
+
+def two_processes(images: int) -> list[str]:
+    return ["trainer=ddp_cpu2", "task.batch_size=8", f"task.global_batch={images}"]
+
+
+def score_of(file: Path, samples: int, *more: str) -> list[str]:
+    options = [f"score.features={file}", f"score.samples={samples}", "score.batch_size=3", *more]
+    return [*options, "task.ema.decay=0.5"]
 
 
 def column(result: Result, name: str) -> list[float]:

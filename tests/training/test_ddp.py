@@ -1,30 +1,11 @@
 """Two CPU processes over gloo do what one process does with the doubled batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.paths import ROOT
-from tests.training.helpers import GENERATOR, TOKENIZER, column, run
+from tests.training.helpers import TOKENIZER, column, launch, run, two_processes
 from vgen.training.run import Result
-
-ONE = ["task.batch_size=16", "task.global_batch=16"]
-NO_DROPOUT = [f"generator.{name}_dropout=0" for name in ("token", "residual", "ffn")]
-
-
-def launch(folder: Path, *overrides: str, torchrun: bool) -> Result:
-    start = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"] if torchrun else []
-    command = [sys.executable, *start, "train.py", *overrides, f"run_dir={folder}"]
-    command.append(f"paths.cache={folder.parent / 'cache'}")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return Result(folder, folder / "release", folder / "checkpoints", folder / "metrics.csv", folder / "pictures", {})
 
 
 def assert_equal_runs(two: Result, one: Result, names: list[str]) -> None:
@@ -56,28 +37,14 @@ def test_tokenizer_with_discriminator(tmp_path):
         "every.pictures=2",
         "trainer.max_steps=5",
     ]
-    two = launch(tmp_path / "two", *settings, *_two(32), torchrun=False)
+    two = launch(tmp_path / "two", *settings, *two_processes(32), torchrun=False)
     one = run(tmp_path / "one", *settings, "task.batch_size=16", "task.global_batch=32")
     names = ["loss", "grad_norm", "discriminator", "codebook_usage"]
     assert_equal_runs(two, one, [*(f"train/{name}" for name in names), "val/loss", "val/perplexity"])
 
 
 @pytest.mark.slow
-def test_generator_from_cached_codes(tokenizer_release, tmp_path):
-    settings = [
-        *GENERATOR,
-        *NO_DROPOUT,
-        f"task.tokenizer={tokenizer_release}",
-        "task.cache_codes=true",
-        "task.cache_augmentation=none",
-        "task.optimizer.lr=1e-4",
-        "every.validate=2",
-        "trainer.max_steps=6",
-    ]
-    two = launch(tmp_path / "two" / "run", *settings, *_two(16), torchrun=True)
-    one = run(tmp_path / "one" / "run", *settings, *ONE)
+def test_generator_from_cached_codes(scored_by_two, tmp_path):
+    settings, two = scored_by_two
+    one = run(tmp_path / "one" / "run", *settings, "task.batch_size=16", "task.global_batch=16")
     assert_equal_runs(two, one, ["train/loss", "train/grad_norm", "train/accuracy", "val/loss"])
-
-
-def _two(images: int) -> list[str]:
-    return ["trainer=ddp_cpu2", "task.batch_size=8", f"task.global_batch={images}"]

@@ -115,8 +115,10 @@ def test_recipe_opens_with_its_command(recipe):
     assert lines[1].startswith(f"# python train.py experiment={recipe}")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("logger", ["csv", "tensorboard", "wandb", "none"])
+@pytest.mark.parametrize(
+    ("trainer", "logger"),
+    [*((trainer, "csv") for trainer in TRAINERS), *(("cpu", logger) for logger in ("tensorboard", "wandb", "none"))],
+)
 def test_trainers_and_loggers_compose(trainer, logger):
     settings = resolve(composed(f"trainer={trainer}", f"logger={logger}"))
     if isinstance(settings["trainer"]["strategy"], dict):

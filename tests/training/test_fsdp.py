@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.training.helpers import GENERATOR
-from tests.training.test_ddp import NO_DROPOUT, assert_equal_runs, launch
+from tests.training.helpers import GENERATOR, NO_DROPOUT, launch
+from tests.training.test_ddp import assert_equal_runs
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 

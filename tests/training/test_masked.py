@@ -86,9 +86,9 @@ def test_a_shorter_digits_recipe_makes_digits_that_are_recognised(tmp_path, monk
     labels, source = torch.arange(200) % 10, digits(image_size=16, shift=0, val_fraction=0.165, seed=0)
     pictures = pipeline.generate(labels, torch.arange(200), Sampling(guidance=Guidance(scale=2.0)))
     real, held_out = (LabelledPictures(part.pictures, part.labels) for part in (source.train, source.val))
-    scores = classifier_accuracy(real, held_out, LabelledPictures(pictures, labels), shift=1)
+    scores = classifier_accuracy(real, held_out, LabelledPictures(pictures, labels), shift=0)
     assert scores["classifier_accuracy_real"] > 0.95
-    assert scores["classifier_accuracy"] > 0.7, "0.93 when this was written; chance is 0.1"
+    assert scores["classifier_accuracy"] > 0.7, "0.94 when this was written; chance is 0.1"
 
 
 @pytest.mark.parametrize("switches", [{"norm_position": "post", "embedding_norm": True}, {"long_skips": True}])

@@ -5,9 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.evaluation.helpers import TinyExtractor, save_script
-from tests.training.helpers import GENERATOR, TOKENIZER, column, few_digits, load, run
-from tests.training.test_ddp import launch
+from tests.training.helpers import GENERATOR, TOKENIZER, column, few_digits, launch, load, run, score_of
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.errors import UserError
 from vgen.evaluation.features import load_extractor
@@ -17,16 +15,6 @@ from vgen.evaluation.readers import DatasetPictures
 from vgen.pixels import from_uint8, to_uint8
 from vgen.sampling.pipeline import make_labels
 from vgen.sampling.settings import Sampling
-
-
-@pytest.fixture(scope="session")
-def extractor_file(tmp_path_factory):
-    return save_script(TinyExtractor(), tmp_path_factory.mktemp("extractor") / "tiny.pt")
-
-
-def score_of(file, samples, *more):
-    options = (f"score.features={file}", f"score.samples={samples}", "score.batch_size=3", *more)
-    return [*options, "task.ema.decay=0.5"]
 
 
 def features(file, pictures):
@@ -80,12 +68,10 @@ def test_a_tokenizer_is_scored_by_its_reconstructions(extractor_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_with_unequal_work(tokenizer_release, extractor_file, tmp_path):
-    # 7 samples and 41 reference pictures: the first process has one more of each
-    settings = [*generator(tokenizer_release), *score_of(extractor_file, 7), "score.every_steps=2"]
-    two = launch(tmp_path / "two", *settings, "trainer=ddp_cpu2", "trainer.max_steps=4", torchrun=False)
+def test_two_processes_with_unequal_work(scored_by_two, extractor_file):
+    _, two = scored_by_two
     values = column(two, "score/fd_tiny_n7")
-    assert len(values) == 2
+    assert len(values) == 3
     real, made = real_features(extractor_file), sample_features(extractor_file, two.release, 7)
     assert values[-1] == pytest.approx(frechet_distance(gaussian_of(made), gaussian_of(real)), rel=1e-9)
     assert (two.checkpoints / "best-score.ckpt").is_file()

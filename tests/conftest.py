@@ -1,0 +1,30 @@
+"""What every test shares: one thread, and the commands run in this process."""
+
+import os
+
+# Networks here are so small that a second thread only waits; the processes that tests start inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import runpy
+import sys
+
+import pytest
+
+from tests.paths import ROOT
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script of the root here and now: (name, *arguments) to exit status, standard output, standard error."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
