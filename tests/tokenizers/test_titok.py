@@ -193,7 +193,9 @@ def test_clustering_moves_unused_codes_to_features_in_training_only():
     assert (torch.cdist(quantizer.embedding.weight.detach(), rows).amin(1) < 0.1 * far).sum() > 12
 
 
-def test_clustering_keeps_the_graph_of_the_pass():
+@pytest.mark.parametrize("seed", range(4))
+def test_clustering_keeps_the_graph_of_the_pass(seed):
+    torch.manual_seed(seed)
     quantizer = ClusteringQuantizer(codebook_size=16, codebook_dim=3, l2_normalize=True, usage_window=8).train()
     start = quantizer.embedding.weight.detach().clone()
     plain = start.clone().requires_grad_()

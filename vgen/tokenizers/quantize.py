@@ -89,7 +89,8 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """Codes as the decoder sees them, float32 [K, C]."""
-        codes = self.embedding.weight.float()
+        # A view of its own: training may move the codes to other memory before the backward pass reads these.
+        codes = self.embedding.weight.view_as(self.embedding.weight).float()
         return F.normalize(codes, dim=-1) if self.l2_normalize else codes
 
     def rows(self, latent: Tensor) -> Tensor:
