@@ -251,8 +251,8 @@ def test_logits_of_half_precision_are_as_good_as_those_of_the_plain_network(batc
     ids=lambda options: next(iter(options)),
 )
 def test_other_blocks_run_as_before(options):
-    plan = raster(grid=(2, 2))
-    generator = tiny_generator(plan, **options)
+    plan = raster(grid=(1, 2))
+    generator = tiny_generator(plan, **({"depth": 1} | options))
     shared = {"sampling": Sampling(greedy=True), "sample_index": torch.arange(2)}
     expected = decode(generator, plan, torch.tensor([0, 1]), **shared)
     decoder = Decoder(generator, plan, engine="fused", record=lambda run, device: run)
@@ -278,8 +278,9 @@ def test_only_passes_without_gradients_are_fused():
 
 
 def test_the_benchmark_prints_a_line_per_step(capsys, monkeypatch):
-    # The interpreter takes its time for every row.
+    # The interpreter takes its time for every row and column.
     monkeypatch.setattr(kernel_benchmark, "FEW", 2)
+    monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
     tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
     kernel_benchmark.main([*tiny, "--rows", "1", "3"])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 3 "))]
@@ -293,6 +294,7 @@ def test_the_benchmark_prints_a_line_per_step(capsys, monkeypatch):
 def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     path, table = tmp_path / "tiles.json", tiles_in_use()
     # The interpreter takes a second for three tiles.
+    monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
     monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:1])
     tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
     kernel_benchmark.main([*tiny, "--rows", "7", "--sweep", "--choose", str(path)])
