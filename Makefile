@@ -43,7 +43,7 @@ test: $(VENV)/.installed-dev ## ruff, mypy and the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(VENV)/.installed-dev ## ruff and mypy only
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What every test shares: one thread, and the commands run in this process."""
+"""What every test shares: one thread, the same random numbers, and the commands run in this process."""
 
 import os
 
@@ -9,8 +9,15 @@ import runpy
 import sys
 
 import pytest
+import torch
 
 from tests.paths import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Numbers that a test draws do not hang on the tests before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
