@@ -6,8 +6,9 @@ from typing import Literal
 
 FEW = 64
 """Most rows (samples times slots) whose products can be our own kernels."""
-_HELD_BYTES = 512  # of weights in the registers of a thread
+_HELD_BYTES = 512  # of weights in the registers of a thread, by rows
 _MOST_WARPS = 8
+_MOST_PARTS = 8
 
 Product = Literal["project", "wo", "gate", "w2", "read"]
 Kind = Literal["by_row", "held", "streamed"]
@@ -18,7 +19,8 @@ class Tile:
     """How a product of few rows is cut; the kinds are explained in vgen/layers/few_row_kernels.py.
 
     Attributes:
-        kind: by rows of numbers, or by matrix products with the weight held in registers or streamed.
+        kind: by rows of numbers with the weight in registers, or by matrix products with the weight held in shared
+            memory or streamed.
         columns: of the product per program, each a row of the weight, or of both that are gated.
         inner: numbers of a row that a program takes at a time.
         warps: warps per program.
@@ -111,20 +113,33 @@ def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 23244
     tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
     if tile is None:
         return None
-    warps, parts = tile.warps, tile.parts
-    while width % parts:
-        parts //= 2
-    if tile.kind != "streamed":
-        # Registers bound what a thread can hold of long rows, shared memory what a program can.
-        held = tile.columns * width * (4 if product == "gate" else 2)
-        flying = (tile.stages + 1) * parts * max(16, power_of_two(rows)) * tile.inner * 2
-        while warps < _MOST_WARPS and held > _HELD_BYTES * warps * 32:
-            warps *= 2
-        too_much = held > _HELD_BYTES * warps * 32
-        if tile.kind == "held" and (too_much or held + flying > shared_bytes):
-            tile, warps, parts = Tile("streamed", 16, 128, 2, 4, early=tile.early), 2, 1
-    inner = min(tile.inner, max(16, power_of_two(width // parts)))
-    return replace(tile, warps=warps, parts=parts, inner=inner)
+    while width % tile.parts:
+        tile = replace(tile, parts=tile.parts // 2)
+    if tile.kind == "by_row":
+        while tile.warps < _MOST_WARPS and _weight_bytes(product, tile, width) > _HELD_BYTES * tile.warps * 32:
+            tile = replace(tile, warps=2 * tile.warps)
+    elif tile.kind == "held":
+        tile = _held_tile(product, tile, rows, width, shared_bytes)
+    return replace(tile, inner=min(tile.inner, max(16, power_of_two(width // tile.parts))))
+
+
+def _weight_bytes(product: Product, tile: Tile, width: int) -> int:
+    """Bytes of weights that a program holds; a part of a row is filled up to whole tiles."""
+    lines = tile.columns * (2 if product == "gate" else 1)
+    return lines * tile.parts * -(-width // (tile.parts * tile.inner)) * tile.inner * 2
+
+
+def _held_tile(product: Product, tile: Tile, rows: int, width: int, shared_bytes: int) -> Tile:
+    """The first that a program can hold of the tile, narrower steps of it, and fewer columns in more parts."""
+    columns, parts = tile.columns, tile.parts
+    while parts <= _MOST_PARTS and width % parts == 0:
+        for inner in (tile.inner, tile.inner // 2, tile.inner // 4):
+            held = replace(tile, columns=columns, parts=parts, inner=min(inner, max(16, power_of_two(width // parts))))
+            flying = (held.stages + 1) * parts * max(8, power_of_two(rows)) * held.inner * 2
+            if held.inner >= 16 and _weight_bytes(product, held, width) + flying <= shared_bytes:
+                return held
+        columns, parts = columns // 2, 2 * parts
+    return Tile("streamed", 16, 128, 2, 4, early=tile.early)
 
 
 def power_of_two(number: int) -> int:
