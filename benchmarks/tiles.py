@@ -26,8 +26,6 @@ def candidates(product: Product, rows: int) -> list[Tile]:
     if rows <= 4:
         cuts = [(4, 512, 2), (4, 1024, 4), (8, 1024, 4), (8, 2048, 8)]
         tiles = [Tile("by_row", columns, inner, warps) for columns, inner, warps in cuts]
-    if rows <= 2:
-        return tiles
     few = 1 if rows > 16 else 2
     tiles += [Tile("held", 16, 128, 4, few, parts=4), Tile("held", 16, 64, 4, 2 * few, parts=4)]
     tiles += [Tile("held", 32, 128, 8, few, parts=4), Tile("held", 32, 128, 4, few, parts=2)]
