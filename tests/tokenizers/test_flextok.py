@@ -146,6 +146,16 @@ def test_the_vae_stays_frozen(tokenizer):
     assert not any(p.requires_grad for p in fresh.vae.parameters())
 
 
+def test_registers_start_with_the_spread_asked_for():
+    wide = {"dim": 64, "depth": 1, "register_std": 0.5}
+    for options in ({"encoder": wide}, {"decoder": wide}):
+        fresh = tiny(num_tokens=64, **options)
+        encoder, decoder = fresh.encoder.registers.std(), fresh.decoder.register_positions.std()
+        asked, other = (encoder, decoder) if "encoder" in options else (decoder, encoder)
+        assert asked.item() == pytest.approx(0.5, rel=0.1)
+        assert other.item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_bad_input(tokenizer, pixels):
     ids = tokenizer.encode(pixels)
     for wrong in (torch.cat([ids, ids], dim=1), ids[:, :0], ids[0]):
@@ -166,6 +176,7 @@ def test_bad_input(tokenizer, pixels):
         ({"encoder": {"dim": 16, "depth": 1, "head_dim": 8, "visibility": "blind"}}, "visibility=blind"),
         ({"decoder": {"dim": 16, "depth": 1, "head_dim": 8, "positions": "rope"}}, "positions=rope"),
         ({"num_tokens": 0}, "num_tokens=0"),
+        ({"decoder": {"dim": 16, "depth": 1, "head_dim": 8, "register_std": 0.0}}, "register_std=0"),
     ],
 )
 def test_bad_options(options, message):

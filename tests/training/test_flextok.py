@@ -191,6 +191,23 @@ def test_the_measured_scale_makes_latents_of_unit_spread(vae_release):
     assert one > 0
 
 
+def test_measured_codes_begin_with_every_level_in_use(vae_release):
+    def outputs(*overrides):
+        parts = parts_of(vae_release, *overrides)
+        source = parts.source.train.without_augmentation()
+        pixels = torch.stack([source[i]["pixels"] for i in range(len(source))])
+        tokenizer = parts.module.tokenizer
+        with torch.no_grad():
+            z = tokenizer.encoder(tokenizer.latents(pixels))
+        return z, [len(channel.unique()) for channel in tokenizer.fsq(z)[0].flatten(0, 1).unbind(1)]
+
+    z, used = outputs("task.measure_codes=true")
+    assert torch.allclose(z.mean((0, 1)), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(z.std((0, 1)), torch.ones(3), atol=1e-2)
+    assert used == [8, 5, 5]
+    assert min(outputs("task.measure_codes=false")[0].mean((0, 1)).abs()) > 0.05
+
+
 def test_only_the_transformers_are_trained(vae_release):
     module = parts_of(vae_release, "task.encoder_lr_scale=0.5").module
     trained = {name for name, p in module.named_parameters() if p.requires_grad}

@@ -1,5 +1,6 @@
 """Training of FlexTok's encoder and decoder: rectified flow with nested dropout, on latents of a frozen VAE."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -103,23 +104,22 @@ class FlexTokModule(TrainingModule):
         """Flow loss, alignment loss (0 without) and ids of a batch."""
         tokenizer, pixels, index = self.tokenizer, batch["pixels"], batch["index"]
 
-        def keys(stream: int) -> tuple[int, int, int, Tensor]:
-            return self.seed, stream, epoch, index
+        def normal(stream: int) -> Tensor:
+            return keyed_normal(self.seed, stream, epoch, index[:, None], position).view(-1, *tokenizer.latent_shape)
 
-        def normal(stream: int, like: Tensor) -> Tensor:
-            position = torch.arange(like[0].numel(), device=like.device)
-            return keyed_normal(*keys(stream)[:3], index[:, None], position).view_as(like)
-
-        latents = tokenizer.latents(pixels)
-        if self.sample_posterior:
-            latents = tokenizer.latents(pixels, normal(_POSTERIOR, latents))
-        unrounded = keyed_uniform(*keys(_UNROUNDED)) < unrounded_probability
-        codes, ids = tokenizer.fsq(tokenizer.encoder(latents), unrounded)
-        draw = keyed_normal if self.times.kind == "logit_normal" else keyed_uniform
-        time = self.times.times(draw(*keys(_TIMES))).float()
-        keep = kept_lengths(keyed_uniform(*keys(_LENGTHS)), tokenizer.num_tokens, self.lengths)
-        null = keyed_uniform(*keys(_NULL)) < null_probability
-        noise = normal(_NOISE, latents)
+        position = torch.arange(math.prod(tokenizer.latent_shape), device=index.device)
+        # In one call, because every call is some fifty small kernels.
+        streams = torch.arange(_TIMES, _UNROUNDED + 1, device=index.device)
+        uniform = dict(enumerate(keyed_uniform(self.seed, streams[:, None], epoch, index), _TIMES))
+        latents = tokenizer.latents(pixels, normal(_POSTERIOR) if self.sample_posterior else None)
+        codes, ids = tokenizer.fsq(tokenizer.encoder(latents), uniform[_UNROUNDED] < unrounded_probability)
+        raw = uniform[_TIMES]
+        if self.times.kind == "logit_normal":
+            raw = keyed_normal(self.seed, _TIMES, epoch, index)
+        time = self.times.times(raw).float()
+        keep = kept_lengths(uniform[_LENGTHS], tokenizer.num_tokens, self.lengths)
+        null = uniform[_NULL] < null_probability
+        noise = normal(_NOISE)
         taps = () if self.repa is None else (self.repa.block,)
         condition = tokenizer.decoder.condition(codes, keep, null)
         output = tokenizer.decoder(noised(latents, noise, time), time, condition, taps)
