@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -208,3 +209,31 @@ def test_recomputed_blocks_give_the_same_gradients(kind, pixels):
         gradients.append([p.grad for p in [*network.encoder.parameters(), *network.decoder.parameters()]])
         assert all(gradient is not None for gradient in gradients[-1])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_training_gives_the_same_gradients_and_compiles_once_per_kind_of_block(pixels, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # The graphs are what is counted; to turn them into machine code takes minutes on two cores.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # More blocks than variants that dynamo keeps of one function.
+    options = {"dim": 16, "depth": torch._dynamo.config.recompile_limit + 1, "head_dim": 8}
+    gradients = []
+    for compiled in (False, True):
+        network = tiny(encoder=options, decoder=options | {"time_features": 16}).train().requires_grad_(True)
+        names = list(network.state_dict())
+        if compiled:
+            network.compile_parts()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            network.zero_grad()
+            codes, _ = network.fsq(network.encoder(network.latents(pixels)), torch.rand(3) < 0.5)
+            condition = network.decoder.condition(codes, torch.randint(1, 7, (3,)), torch.rand(3) < 0.5)
+            network.decoder(torch.randn(3, 3, 4, 4), torch.rand(3), condition).velocity.square().mean().backward()
+        assert list(network.state_dict()) == names
+        gradients.append([p.grad for p in [*network.encoder.parameters(), *network.decoder.parameters()]])
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager)
+    assert counters["stats"]["unique_graphs"] == 2
