@@ -80,6 +80,7 @@ def test_flextok_learns_and_its_release_decodes_prefixes(vae_release, tmp_path):
     loss = column(result, "train/loss")
     assert sum(loss[-10:]) < 0.8 * sum(loss[:10])
     assert column(result, "val/loss")
+    assert column(result, "val/gain")[-1] > 0
     tokenizer = load_tokenizer(result.release)
     assert isinstance(tokenizer, FlexTok)
     assert same(tokenizer.vae.state_dict(), load_vae(vae_release)[0].state_dict())

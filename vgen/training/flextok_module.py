@@ -143,9 +143,10 @@ class FlexTokModule(TrainingModule):
         return total
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Flow loss on held-out pictures with all their tokens' prefixes, never without any."""
+        """Flow loss on held-out pictures with prefixes of their tokens, and what these take off that without any."""
         flow, _, ids = self.objective(batch, _VALIDATION, null_probability=0.0)
-        self.sum_validation(len(ids), loss=flow)
+        alone, _, _ = self.objective(batch, _VALIDATION, null_probability=1.0)
+        self.sum_validation(len(ids), loss=flow, gain=alone - flow)
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """Reconstructions from few to all tokens, one after the other: [lengths * B, 3, H, W]."""
