@@ -209,6 +209,22 @@ def test_measured_codes_begin_with_every_level_in_use(vae_release):
     assert min(outputs("task.measure_codes=false")[0].mean((0, 1)).abs()) > 0.05
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_codes_beyond_the_steep_part_of_the_bound_are_pulled_back(vae_release, weight):
+    module = parts_of(vae_release, f"task.saturation_weight={weight}").module
+    encoder = module.tokenizer.encoder
+    with torch.no_grad():
+        encoder.head.bias.copy_(torch.tensor([0.0, 8.0, -8.0]))
+    batch = {"pixels": torch.rand(6, 3, 8, 8) * 2 - 1, "index": torch.arange(6)}
+    with torch.no_grad():
+        z = encoder(module.tokenizer.latents(batch["pixels"])).flatten(0, 1)
+    module.training_step(batch, 0).backward()
+    # The decoder's last layer is zero at first: nothing else moves the encoder.
+    excess = z.sign() * (z.abs() - 1.5).clamp(min=0)
+    assert torch.allclose(encoder.head.bias.grad, weight * 2 * excess.mean(0) / 3, atol=1e-5)
+    assert (excess.mean(0).abs() > 1).tolist() == [False, True, True]
+
+
 def test_only_the_transformers_are_trained(vae_release):
     module = parts_of(vae_release, "task.encoder_lr_scale=0.5").module
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -226,6 +242,7 @@ def test_only_the_transformers_are_trained(vae_release):
         ("task.lengths=all", "task.lengths=all"),
         ("task.null_probability=1", "null_probability"),
         ("task.times.kind=cosine", "times.kind=cosine"),
+        ("task.saturation_weight=-1", r"task\.saturation_weight=-1"),
         ("task.repa.weight=1", r"repa\.path=None.*task\.repa\.weight=0"),
         ("tokenizer.vae.latent_channels=3", "latent_channels=3 does not fit"),
         ("data.image_size=16", "data.image_size=16"),

@@ -160,6 +160,7 @@ def build_flextok(config: Node) -> Parts:
         times=make(task["times"], "task.times"),
         lengths=task["lengths"],
         null_probability=task["null_probability"],
+        saturation_weight=task["saturation_weight"],
         unrounded_probability=task["unrounded_probability"],
         sample_posterior=task["sample_posterior"],
         repa=repa,
