@@ -157,6 +157,28 @@ def test_training_commands_compose(arguments):
         assert config["data"]["_target_"].endswith(made_of)
 
 
+def test_some_trainings_with_what_they_need_and_what_measures_them(arguments):
+    without = [*arguments]
+    place = without.index("--tokenizer")
+    del without[place : place + 2]
+
+    def names(*words: str) -> list[str]:
+        return [task.name for task in Comparison(parse([*without, *words])).tasks()]
+
+    flextok = ["vae", "reference", "flextok", "codes-flextok", "flextok_ar", "lengths-flextok", "samples-flextok_ar"]
+    assert names("--trainings", "flextok_ar") == [*flextok, "speed"]
+    some = Comparison(parse([*without, "--trainings", "titok_single"]))
+    assert [task.name for task in some.tasks()] == ["titok_single", "reference", "reconstruction-titok_single", "speed"]
+    assert some.tasks()[-1].done()
+    assert {plan.training for plan in some.plans()} == set()
+    with pytest.raises(UserError, match="give --tokenizer"):
+        names("--trainings", "titok_stage2")
+    with pytest.raises(UserError, match="give --tokenizer"):
+        names()
+    everything = {task.name for task in Comparison(parse(arguments)).tasks()}
+    assert {*compare_tokenizers.SECONDS, "vq", "reconstruction-vq", *flextok} < everything
+
+
 def _python(name: str, code: str, folder: Path, *needs: str, alone: bool = False) -> Task:
     """A task that leaves a file behind."""
     file = folder / name

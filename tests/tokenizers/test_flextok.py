@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_the_vae_stays_frozen(tokenizer):
     assert not any(p.requires_grad for p in fresh.vae.parameters())
 
 
+def test_registers_start_with_the_spread_asked_for():
+    wide = {"dim": 64, "depth": 1, "register_std": 0.5}
+    for options in ({"encoder": wide}, {"decoder": wide}):
+        fresh = tiny(num_tokens=64, **options)
+        encoder, decoder = fresh.encoder.registers.std(), fresh.decoder.register_positions.std()
+        asked, other = (encoder, decoder) if "encoder" in options else (decoder, encoder)
+        assert asked.item() == pytest.approx(0.5, rel=0.1)
+        assert other.item() == pytest.approx(0.02, rel=0.1)
+
+
 def test_bad_input(tokenizer, pixels):
     ids = tokenizer.encode(pixels)
     for wrong in (torch.cat([ids, ids], dim=1), ids[:, :0], ids[0]):
@@ -166,6 +177,7 @@ def test_bad_input(tokenizer, pixels):
         ({"encoder": {"dim": 16, "depth": 1, "head_dim": 8, "visibility": "blind"}}, "visibility=blind"),
         ({"decoder": {"dim": 16, "depth": 1, "head_dim": 8, "positions": "rope"}}, "positions=rope"),
         ({"num_tokens": 0}, "num_tokens=0"),
+        ({"decoder": {"dim": 16, "depth": 1, "head_dim": 8, "register_std": 0.0}}, "register_std=0"),
     ],
 )
 def test_bad_options(options, message):
@@ -197,3 +209,31 @@ def test_recomputed_blocks_give_the_same_gradients(kind, pixels):
         gradients.append([p.grad for p in [*network.encoder.parameters(), *network.decoder.parameters()]])
         assert all(gradient is not None for gradient in gradients[-1])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiled_training_gives_the_same_gradients_and_compiles_once_per_kind_of_block(pixels, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    # The graphs are what is counted; to turn them into machine code takes minutes on two cores.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    # More blocks than variants that dynamo keeps of one function.
+    options = {"dim": 16, "depth": torch._dynamo.config.recompile_limit + 1, "head_dim": 8}
+    gradients = []
+    for compiled in (False, True):
+        network = tiny(encoder=options, decoder=options | {"time_features": 16}).train().requires_grad_(True)
+        names = list(network.state_dict())
+        if compiled:
+            network.compile_parts()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            network.zero_grad()
+            codes, _ = network.fsq(network.encoder(network.latents(pixels)), torch.rand(3) < 0.5)
+            condition = network.decoder.condition(codes, torch.randint(1, 7, (3,)), torch.rand(3) < 0.5)
+            network.decoder(torch.randn(3, 3, 4, 4), torch.rand(3), condition).velocity.square().mean().backward()
+        assert list(network.state_dict()) == names
+        gradients.append([p.grad for p in [*network.encoder.parameters(), *network.decoder.parameters()]])
+    for eager, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, eager)
+    assert counters["stats"]["unique_graphs"] == 2

@@ -43,6 +43,16 @@ def test_times_are_increasing_functions_onto_the_unit_interval(kind):
     assert (steps > 0).all() or (steps < 0).all()
 
 
+def test_shifted_times_are_closer_to_the_noise():
+    raw = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    shifted = TimeSampler(mode_scale=0.0, shift=3.0).times(raw)
+    assert torch.allclose(shifted, torch.tensor([0.0, 0.5, 0.75, 0.9]))
+    # The signal-to-noise ratio (1 - t) / t of every time falls by the same factor, whatever the distribution.
+    normal = torch.linspace(-2, 2, 5)
+    plain, moved = (TimeSampler(kind="logit_normal", shift=shift).times(normal) for shift in (1.0, 3.0))
+    assert torch.allclose((1 - plain) / plain, 3 * (1 - moved) / moved)
+
+
 def test_stratified_times_fill_every_stratum():
     u = torch.rand(64)
     times = TimeSampler(kind="logit_normal_stratified").times(u)
@@ -100,7 +110,7 @@ def test_bad_settings(settings, message):
         FlowSampling(**{**settings, "guidance": FlowGuidance(**settings.get("guidance", {}))})
 
 
-@pytest.mark.parametrize("options", [{"kind": "cosine"}, {"mode_scale": 2.0}])
+@pytest.mark.parametrize("options", [{"kind": "cosine"}, {"mode_scale": 2.0}, {"shift": 0.0}])
 def test_bad_times(options):
     with pytest.raises(UserError, match=r"times\."):
         TimeSampler(**options)

@@ -80,6 +80,7 @@ def test_flextok_learns_and_its_release_decodes_prefixes(vae_release, tmp_path):
     loss = column(result, "train/loss")
     assert sum(loss[-10:]) < 0.8 * sum(loss[:10])
     assert column(result, "val/loss")
+    assert column(result, "val/gain")[-1] > 0
     tokenizer = load_tokenizer(result.release)
     assert isinstance(tokenizer, FlexTok)
     assert same(tokenizer.vae.state_dict(), load_vae(vae_release)[0].state_dict())
@@ -191,6 +192,39 @@ def test_the_measured_scale_makes_latents_of_unit_spread(vae_release):
     assert one > 0
 
 
+def test_measured_codes_begin_with_every_level_in_use(vae_release):
+    def outputs(*overrides):
+        parts = parts_of(vae_release, *overrides)
+        source = parts.source.train.without_augmentation()
+        pixels = torch.stack([source[i]["pixels"] for i in range(len(source))])
+        tokenizer = parts.module.tokenizer
+        with torch.no_grad():
+            z = tokenizer.encoder(tokenizer.latents(pixels))
+        return z, [len(channel.unique()) for channel in tokenizer.fsq(z)[0].flatten(0, 1).unbind(1)]
+
+    z, used = outputs("task.measure_codes=true")
+    assert torch.allclose(z.mean((0, 1)), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(z.std((0, 1)), torch.ones(3), atol=1e-2)
+    assert used == [8, 5, 5]
+    assert min(outputs("task.measure_codes=false")[0].mean((0, 1)).abs()) > 0.05
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_codes_beyond_the_steep_part_of_the_bound_are_pulled_back(vae_release, weight):
+    module = parts_of(vae_release, f"task.saturation_weight={weight}").module
+    encoder = module.tokenizer.encoder
+    with torch.no_grad():
+        encoder.head.bias.copy_(torch.tensor([0.0, 8.0, -8.0]))
+    batch = {"pixels": torch.rand(6, 3, 8, 8) * 2 - 1, "index": torch.arange(6)}
+    with torch.no_grad():
+        z = encoder(module.tokenizer.latents(batch["pixels"])).flatten(0, 1)
+    module.training_step(batch, 0).backward()
+    # The decoder's last layer is zero at first: nothing else moves the encoder.
+    excess = z.sign() * (z.abs() - 1.5).clamp(min=0)
+    assert torch.allclose(encoder.head.bias.grad, weight * 2 * excess.mean(0) / 3, atol=1e-5)
+    assert (excess.mean(0).abs() > 1).tolist() == [False, True, True]
+
+
 def test_only_the_transformers_are_trained(vae_release):
     module = parts_of(vae_release, "task.encoder_lr_scale=0.5").module
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -208,6 +242,7 @@ def test_only_the_transformers_are_trained(vae_release):
         ("task.lengths=all", "task.lengths=all"),
         ("task.null_probability=1", "null_probability"),
         ("task.times.kind=cosine", "times.kind=cosine"),
+        ("task.saturation_weight=-1", r"task\.saturation_weight=-1"),
         ("task.repa.weight=1", r"repa\.path=None.*task\.repa\.weight=0"),
         ("tokenizer.vae.latent_channels=3", "latent_channels=3 does not fit"),
         ("data.image_size=16", "data.image_size=16"),

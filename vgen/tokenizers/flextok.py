@@ -1,5 +1,6 @@
 """FlexTok (arXiv 2502.13967): pictures as 1 to K ordered tokens, decoded by a rectified flow over VAE latents."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,6 +79,12 @@ class FlexTok(Tokenizer):
     def codebook(self) -> Tensor:
         """All FSQ codes, float32 [codebook_size, channels]."""
         return self.fsq.codebook
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of a picture's latents."""
+        side = self.image_size // self.vae.stride
+        return self.vae.latent_channels, side, side
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -165,10 +172,8 @@ class FlexTok(Tokenizer):
 
     def noise(self, keys: Tensor, seed: int) -> Tensor:
         """Standard normal noise [B, C, h, w] for one key (int64 [B], below 2**62) per picture."""
-        side = self.image_size // self.vae.stride
-        shape = (self.vae.latent_channels, side, side)
-        position = torch.arange(shape[0] * side * side, device=keys.device)
-        return keyed_normal(seed, _NOISE_STREAM, keys[:, None], position).view(-1, *shape)
+        position = torch.arange(math.prod(self.latent_shape), device=keys.device)
+        return keyed_normal(seed, _NOISE_STREAM, keys[:, None], position).view(-1, *self.latent_shape)
 
     def decode_latents(
         self,

@@ -92,6 +92,7 @@ class RegisterEncoder(_Trunk):
         code_dim: length of a register's output.
         head_dim: width of a head.
         patch: side of a patch in latents.
+        register_std: spread of the learned registers at the start.
         visibility: see :func:`vgen.tokenizers.flextok_layers.visibility_mask`.
         positions: see :class:`vgen.tokenizers.flextok_layers.PatchPositions`.
         gradient_checkpointing: recompute blocks in the backward pass.
@@ -111,6 +112,7 @@ class RegisterEncoder(_Trunk):
         code_dim: int,
         head_dim: int = 64,
         patch: int = 2,
+        register_std: float = 0.02,
         visibility: Visibility = "causal_last",
         positions: str = "sincos",
         gradient_checkpointing: bool = False,
@@ -135,7 +137,15 @@ class RegisterEncoder(_Trunk):
         self.registers = nn.Parameter(torch.empty(num_registers, dim))
         self.head = nn.Linear(dim, code_dim)
         initialise_linear(self)
-        nn.init.trunc_normal_(self.registers, std=0.02)
+        _spread(self.registers, register_std)
+
+    @torch.no_grad()
+    def spread_outputs(self, latents: Tensor) -> None:
+        """Set the last layer so that every channel has mean 0 and spread 1 over the registers of these latents."""
+        outputs = self(latents).float().flatten(0, 1)
+        spread, mean = torch.std_mean(outputs, dim=0)
+        self.head.weight.div_(spread[:, None])
+        self.head.bias.copy_((self.head.bias - mean) / spread)
 
     def features(self, latents: Tensor) -> Tensor:
         """Output of the last block: patches, then registers, [B, P + K, dim]."""
@@ -178,6 +188,7 @@ class FlowDecoder(_Trunk):
         code_dim: length of a code.
         head_dim: width of a head.
         patch: side of a patch in latents.
+        register_std: spread of the registers' learned positions at the start.
         positions: see :class:`vgen.tokenizers.flextok_layers.PatchPositions`.
         time_features: see :class:`vgen.tokenizers.flextok_layers.TimeEmbedding`.
         max_time: likewise.
@@ -198,6 +209,7 @@ class FlowDecoder(_Trunk):
         code_dim: int,
         head_dim: int = 64,
         patch: int = 2,
+        register_std: float = 0.02,
         positions: str = "sincos",
         time_features: int = 256,
         max_time: float = 1.0,
@@ -223,7 +235,8 @@ class FlowDecoder(_Trunk):
         self.head_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.head = nn.Linear(dim, patch * patch * channels)
         initialise_linear(self)
-        for parameter in (self.register_positions, self.mask_token, self.null_token):
+        _spread(self.register_positions, register_std)
+        for parameter in (self.mask_token, self.null_token):
             nn.init.trunc_normal_(parameter, std=0.02)
         zero(self.head_modulation, self.head, *(block.get_submodule("modulation") for block in self.blocks))
 
@@ -307,6 +320,12 @@ class FlowDecoder(_Trunk):
         shift, scale = self.head_modulation(embedding)[:, None].chunk(2, dim=-1)
         velocity = self.head(x * (1 + scale) + shift).unflatten(1, (rows, columns))
         return Velocity(unpatchify(velocity, self.patch), tapped)
+
+
+def _spread(parameter: nn.Parameter, std: float) -> None:
+    if not std > 0:
+        raise UserError(f"FlexTok: register_std={std} must be positive")
+    nn.init.trunc_normal_(parameter, std=std)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,13 @@ class TimeSampler:
         kind: ``mode`` (see ``mode_scale``), ``logit_normal`` or ``logit_normal_stratified`` (one time from each of B
             equally likely ranges).
         mode_scale: of ``mode``: 0 is uniform, larger values favour the middle.
+        shift: s of the map t -> s t / (1 + (s - 1) t) of every time (equation 23 there); above 1 more times are close
+            to the noise, where the decoder has only its tokens to go by.
     """
 
     kind: str = "mode"
     mode_scale: float = 0.25
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in TIMES:
@@ -38,6 +41,8 @@ class TimeSampler:
         if not -1.0 <= self.mode_scale <= 1.75:
             # Outside, the map from u to time is not monotonic (arXiv 2403.03206, equation 20).
             raise UserError(f"times.mode_scale={self.mode_scale} must lie in [-1, 1.75]")
+        if not self.shift > 0:
+            raise UserError(f"times.shift={self.shift} must be positive")
 
     def times(self, raw: Tensor) -> Tensor:
         """Times in [0, 1] of random numbers.
@@ -45,6 +50,10 @@ class TimeSampler:
         Args:
             raw: [B], standard normal for ``logit_normal``, otherwise uniform in [0, 1).
         """
+        time = self._unshifted(raw)
+        return self.shift * time / (1.0 + (self.shift - 1.0) * time)
+
+    def _unshifted(self, raw: Tensor) -> Tensor:
         if self.kind == "logit_normal":
             return torch.sigmoid(raw)
         if self.kind == "logit_normal_stratified":

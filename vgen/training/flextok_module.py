@@ -1,5 +1,6 @@
 """Training of FlexTok's encoder and decoder: rectified flow with nested dropout, on latents of a frozen VAE."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from vgen.tokenizers.nested_dropout import LENGTHS, kept_lengths
 from vgen.training.module import MakeOptimizer, TrainingModule
 
 _TIMES, _LENGTHS, _NULL, _NOISE, _POSTERIOR, _UNROUNDED = range(311, 317)
+_STEEP = 1.5
 _VALIDATION = 2**31  # an epoch no training reaches, so that validation always draws the same
 
 
@@ -32,6 +34,8 @@ class FlexTokModule(TrainingModule):
         times: distribution of the flow's times.
         lengths: of nested dropout, see :func:`vgen.tokenizers.nested_dropout.kept_lengths`.
         null_probability: share of pictures trained without any token, for guidance.
+        saturation_weight: weight of the mean square by which the encoder's outputs lie outside [-1.5, 1.5], where FSQ's
+            bound reaches every level and still has a slope. Beyond, a channel soon has one level and no gradient.
         unrounded_probability: share of pictures whose codes are bounded but not rounded in training.
         sample_posterior: train on samples of the VAE's posterior instead of its mean.
         repa: alignment loss, or None.
@@ -53,6 +57,7 @@ class FlexTokModule(TrainingModule):
         times: TimeSampler,
         lengths: str,
         null_probability: float,
+        saturation_weight: float,
         unrounded_probability: float,
         sample_posterior: bool,
         repa: REPALoss | None,
@@ -63,6 +68,8 @@ class FlexTokModule(TrainingModule):
             raise UserError(f"task.lengths={lengths} is unknown; choose one of {', '.join(LENGTHS)}")
         if not encoder_lr_scale > 0:
             raise UserError(f"task.encoder_lr_scale={encoder_lr_scale} must be positive")
+        if saturation_weight < 0:
+            raise UserError(f"task.saturation_weight={saturation_weight} must not be negative")
         for name, share in (
             ("null_probability", null_probability),
             ("unrounded_probability", unrounded_probability),
@@ -74,6 +81,7 @@ class FlexTokModule(TrainingModule):
         super().__init__(network=tokenizer, **shared)
         self.repa = repa
         self.times, self.lengths = times, lengths
+        self.saturation_weight = saturation_weight
         self.null_probability, self.unrounded_probability = null_probability, unrounded_probability
         self.sample_posterior = sample_posterior
         self._make_optimizer, self._encoder_lr_scale = optimizer, encoder_lr_scale
@@ -99,53 +107,55 @@ class FlexTokModule(TrainingModule):
 
     def objective(
         self, batch: Mapping[str, Any], epoch: int, *, null_probability: float, unrounded_probability: float = 0.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Flow loss, alignment loss (0 without) and ids of a batch."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flow loss, alignment loss (0 without), saturation of the codes and ids of a batch."""
         tokenizer, pixels, index = self.tokenizer, batch["pixels"], batch["index"]
 
-        def keys(stream: int) -> tuple[int, int, int, Tensor]:
-            return self.seed, stream, epoch, index
+        def normal(stream: int) -> Tensor:
+            return keyed_normal(self.seed, stream, epoch, index[:, None], position).view(-1, *tokenizer.latent_shape)
 
-        def normal(stream: int, like: Tensor) -> Tensor:
-            position = torch.arange(like[0].numel(), device=like.device)
-            return keyed_normal(*keys(stream)[:3], index[:, None], position).view_as(like)
-
-        latents = tokenizer.latents(pixels)
-        if self.sample_posterior:
-            latents = tokenizer.latents(pixels, normal(_POSTERIOR, latents))
-        unrounded = keyed_uniform(*keys(_UNROUNDED)) < unrounded_probability
-        codes, ids = tokenizer.fsq(tokenizer.encoder(latents), unrounded)
-        draw = keyed_normal if self.times.kind == "logit_normal" else keyed_uniform
-        time = self.times.times(draw(*keys(_TIMES))).float()
-        keep = kept_lengths(keyed_uniform(*keys(_LENGTHS)), tokenizer.num_tokens, self.lengths)
-        null = keyed_uniform(*keys(_NULL)) < null_probability
-        noise = normal(_NOISE, latents)
+        position = torch.arange(math.prod(tokenizer.latent_shape), device=index.device)
+        # In one call, because every call is some fifty small kernels.
+        streams = torch.arange(_TIMES, _UNROUNDED + 1, device=index.device)
+        uniform = dict(enumerate(keyed_uniform(self.seed, streams[:, None], epoch, index), _TIMES))
+        latents = tokenizer.latents(pixels, normal(_POSTERIOR) if self.sample_posterior else None)
+        outputs = tokenizer.encoder(latents)
+        codes, ids = tokenizer.fsq(outputs, uniform[_UNROUNDED] < unrounded_probability)
+        raw = uniform[_TIMES]
+        if self.times.kind == "logit_normal":
+            raw = keyed_normal(self.seed, _TIMES, epoch, index)
+        time = self.times.times(raw).float()
+        keep = kept_lengths(uniform[_LENGTHS], tokenizer.num_tokens, self.lengths)
+        null = uniform[_NULL] < null_probability
+        noise = normal(_NOISE)
         taps = () if self.repa is None else (self.repa.block,)
         condition = tokenizer.decoder.condition(codes, keep, null)
         output = tokenizer.decoder(noised(latents, noise, time), time, condition, taps)
         loss = F.mse_loss(output.velocity.float(), noise - latents)
         aligned = loss.new_zeros(()) if self.repa is None else self.repa(pixels, output.features[0])
-        return loss, aligned, ids
+        saturation = F.relu(outputs.float().abs() - _STEEP).square().mean()
+        return loss, aligned, saturation, ids
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Mean squared error of the velocity, plus the weighted alignment loss."""
-        flow, aligned, ids = self.objective(
+        """Mean squared error of the velocity, plus the weighted saturation and alignment losses."""
+        flow, aligned, saturation, ids = self.objective(
             batch,
             self.epoch,
             null_probability=self.null_probability,
             unrounded_probability=self.unrounded_probability,
         )
-        total = flow
+        total = flow + self.saturation_weight * saturation
         if self.repa is not None:
-            total = flow + self.repa.weight * aligned
+            total = total + self.repa.weight * aligned
             self.record(repa=aligned)
-        self.record(loss=total, flow=flow, **self.tokenizer.statistics(ids))
+        self.record(loss=total, flow=flow, saturation=saturation, **self.tokenizer.statistics(ids))
         return total
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Flow loss on held-out pictures with all their tokens' prefixes, never without any."""
-        flow, _, ids = self.objective(batch, _VALIDATION, null_probability=0.0)
-        self.sum_validation(len(ids), loss=flow)
+        """Flow loss on held-out pictures with prefixes of their tokens, and what these take off that without any."""
+        flow, _, _, ids = self.objective(batch, _VALIDATION, null_probability=0.0)
+        alone = self.objective(batch, _VALIDATION, null_probability=1.0)[0]
+        self.sum_validation(len(ids), loss=flow, gain=alone - flow)
 
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """Reconstructions from few to all tokens, one after the other: [lengths * B, 3, H, W]."""

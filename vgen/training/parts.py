@@ -1,5 +1,6 @@
 """Building the parts of a run from its resolved configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -138,17 +139,19 @@ def build_first_stage(config: Node) -> Parts:
 def build_flextok(config: Node) -> Parts:
     """Parts of ``task=flextok``: the VAE comes from its release, with the spread of its latents measured."""
     task, network = config["task"], {**config["tokenizer"]}
+    device = pick_device("cpu" if config["trainer"]["accelerator"] == "cpu" else "auto")
     if "vae" not in network:
         raise UserError("task=flextok trains a FlexTok; choose one with tokenizer=flextok_<size>")
     vae, stated = load_vae(task["vae"])
     network["vae"] = _same_vae(network["vae"], stated)
     source = _pictures(config, vae)
     if task["measure_scale"]:
-        device = pick_device("cpu" if config["trainer"]["accelerator"] == "cpu" else "auto")
         network["vae"]["scaling_factor"] = measured_scale(vae, source.train, device=device)
     tokenizer = _network(config, network, FlexTok)
     assert isinstance(tokenizer, FlexTok)
     tokenizer.vae.load_state_dict(vae.state_dict())
+    if task["measure_codes"]:
+        spread_codes(tokenizer, source.train, device=device)
     repa = make(task["repa"], "task.repa", dim=tokenizer.decoder.dim) if task["repa"]["weight"] > 0 else None
     module = FlexTokModule(
         tokenizer=tokenizer,
@@ -157,6 +160,7 @@ def build_flextok(config: Node) -> Parts:
         times=make(task["times"], "task.times"),
         lengths=task["lengths"],
         null_probability=task["null_probability"],
+        saturation_weight=task["saturation_weight"],
         unrounded_probability=task["unrounded_probability"],
         sample_posterior=task["sample_posterior"],
         repa=repa,
@@ -177,16 +181,33 @@ def measured_scale(
         pixels: how many are looked at, for example 16 pictures of 256 x 256.
         device: where the latents are computed.
     """
-    count = min(max(1, pixels // vae.image_size**2), len(dataset))
     vae.to(device)
     with torch.no_grad():
-        latents = [
-            vae.encode(torch.stack([dataset[int(index)]["pixels"] for index in part]).to(device)) / vae.scaling_factor
-            for part in torch.arange(count).split(64)
-        ]
+        latents = [vae.encode(part) / vae.scaling_factor for part in _first(dataset, pixels, vae.image_size, device)]
     vae.cpu()
     # Rounded, so that a resumed run on another machine states the same number.
     return float(f"{1.0 / torch.cat(latents).std().item():.3g}")
+
+
+def spread_codes(
+    tokenizer: FlexTok, dataset: ImageDataset, pixels: int = 2**20, device: str | torch.device = "cpu"
+) -> None:
+    """Let every channel of the codes begin with all of its levels in use; arguments as in :func:`measured_scale`.
+
+    Registers of an untrained encoder share a mean that lies anywhere. Where that is in the flat part of FSQ's bound,
+    the channel has one level and no gradient.
+    """
+    tokenizer.to(device)
+    latents = [tokenizer.latents(part) for part in _first(dataset, pixels, tokenizer.image_size, device)]
+    tokenizer.encoder.spread_outputs(torch.cat(latents))
+    tokenizer.cpu()
+
+
+def _first(dataset: ImageDataset, pixels: int, image_size: int, device: str | torch.device) -> Iterator[Tensor]:
+    """The first pictures of a set, that many pixels of them, in batches."""
+    count = min(max(1, pixels // image_size**2), len(dataset))
+    for part in torch.arange(count).split(64):
+        yield torch.stack([dataset[int(index)]["pixels"] for index in part]).to(device)
 
 
 def _same_vae(configured: Node, released: Node) -> Node:
