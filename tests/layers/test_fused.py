@@ -3,6 +3,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,39 +84,26 @@ def test_the_engine_that_auto_stands_for(monkeypatch):
         fused.why_not.cache_clear()
 
 
-SHAPES = {"project": (3072, 1024), "wo": (1024, 1024), "gate": (2816, 1024), "w2": (1024, 2816)}
+SHAPES = {
+    "L": {"project": (3072, 1024), "wo": (1024, 1024), "gate": (2816, 1024), "w2": (1024, 2816)},
+    "XL": {"project": (3840, 1280), "w2": (1280, 3456)},
+}
 
 
-def stores_beside_products(code):
-    """Stores to shared memory that no barrier keeps behind the products in front, which others may still compute."""
-    found, alone = [], False
-    for line in code.splitlines():
-        if "wgmma.wait_group" in line:
-            alone = True
-        elif "bar.sync" in line:
-            alone = False
-        elif alone and "st.shared" in line:
-            found.append(line)
-    return found
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("product", SHAPES)
-@pytest.mark.parametrize("rows", [2, 8, 32])
-def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
+def compiled_for_hopper(product, shape, rows, tile):
+    """The kernel of a product as it would run on an H100; no GPU is needed for that."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from vgen.layers import few_row_kernels
 
-    outer, inner = SHAPES[product]
-    tile = best_tile(product, rows, inner) or Tile("streamed", 8, 64, 4, 3)
     kernel = {"project": few_row_kernels.project_rows, "gate": few_row_kernels.gate_rows}.get(
         product, few_row_kernels.add_rows
     )
-    constants = fused.kernel_constants(torch.empty(outer, inner, device="meta"), tile, rows) | {"EARLY": True}
-    constants |= {"SCALED": True, "HEADS": 16, "KV_HEADS": 16, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
+    constants = fused.kernel_constants(torch.empty(*shape, device="meta"), tile, rows) | {"EARLY": True}
+    heads = shape[1] // 64
+    constants |= {"SCALED": True, "HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     kinds = {"rope": "*fp32", "cache_rows": "*i64", "eps": "fp32"}
@@ -128,16 +116,44 @@ def test_products_compile_for_hopper_without_spills(product, rows, tmp_path):
     }
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, even)
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "product", "rows"),
+    [*(("L", product, rows) for product in SHAPES["L"] for rows in (2, 8, 32)), *(("XL", p, 32) for p in SHAPES["XL"])],
+)
+def test_products_compile_for_hopper_without_spills(size, product, rows, tmp_path):
+    import triton
+
+    shape = SHAPES[size][product]
+    tile = best_tile(product, rows, shape[1]) or Tile("streamed", 8, 64, 4, 3)
+    compiled = compiled_for_hopper(product, shape, rows, tile)
     code = compiled.asm["ptx"]
     assert ("wgmma.mma_async" in code) == (tile.kind == "held")
     assert ("cp.async.cg.shared.global" if tile.kind == "streamed" else "ld.global.v4.b32") in code
     assert compiled.metadata.shared <= 232448
-    assert not stores_beside_products(code)
     (tmp_path / "kernel.ptx").write_text(code)
     command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", "-o", os.devnull, "kernel.ptx"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "0 bytes spill stores, 0 bytes spill loads" in done.stderr
+
+
+@needs_triton
+def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
+    tile = replace(best_tile("project", 32, 1024), warps=8)
+    code, beside = compiled_for_hopper("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False
+    assert code.count("wgmma.wait_group") > 4
+    for line in code.splitlines():
+        if "wgmma.wait_group" in line:
+            beside = True
+        elif "bar.sync" in line:
+            beside = False
+        assert not (beside and "st.shared" in line)
 
 
 @on_gpu
