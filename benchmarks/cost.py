@@ -83,7 +83,7 @@ def decoding_cost(generator: Transformer, plan: Plan, batch: int, *, branches: i
     per_head = head_weights / generator.num_readouts
     size = torch.finfo(generator.dtype).bits // 8
     depth, attention_width = len(generator.layers), generator.heads * generator.head_dim
-    row = 2 * depth * generator.kv_heads * generator.head_dim * size
+    row = 2 * depth * generator.kv_heads * generator.head_dim * (generator.cache_dtype or generator.dtype).itemsize
     weights = cache = flops = 0.0
     rows = batch * branches
     for forward in plan.forwards:

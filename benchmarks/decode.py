@@ -27,7 +27,7 @@ from vgen.errors import reported
 from vgen.generators.conditioning import ClassCondition
 from vgen.generators.transformer import Transformer
 from vgen.layers.tiles import use_tiles
-from vgen.runtime import pick_device, pick_dtype
+from vgen.runtime import pick_cache_dtype, pick_device, pick_dtype
 from vgen.sampling.engine import Decoder, Engine
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.schedules.building import parse_grid
@@ -140,6 +140,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=16384)
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--cache-dtype", help="of keys and values, as sample.py's cache_dtype")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiles", metavar="PATH", help="what benchmarks.kernels --choose wrote, for engine fused")
@@ -164,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             plan = make_plan(order, parse_grid(given.grid))
             sizes = {"vocab_size": given.vocab, "num_classes": given.classes}
             generator = make_generator(given.size, plan, device=device, dtype=dtype, **sizes)
+            generator.cache_dtype = pick_cache_dtype(given.cache_dtype)
             for engine in given.engines:
                 for batch in given.batch:
                     try:

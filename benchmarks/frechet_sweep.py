@@ -24,7 +24,7 @@ from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.evaluation.pixel_metrics import psnr
 from vgen.pixels import from_uint8, save_grid, to_uint8
-from vgen.runtime import pick_device
+from vgen.runtime import pick_cache_dtype, pick_device
 from vgen.sampling.pipeline import make_labels, sample_stream
 from vgen.sampling.settings import Guidance, Sampling
 from vgen.sampling.store import grid_order
@@ -107,7 +107,13 @@ def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
     """Score samples at every guidance scale."""
     known = load_reference(arguments.out)
     dtype = torch.bfloat16 if extractor.device.type == "cuda" else torch.float32
-    pipeline = load_pipeline(arguments.release, device=extractor.device, dtype=dtype, num_tokens=arguments.num_tokens)
+    pipeline = load_pipeline(
+        arguments.release,
+        device=extractor.device,
+        dtype=dtype,
+        cache_dtype=pick_cache_dtype(arguments.cache_dtype),
+        num_tokens=arguments.num_tokens,
+    )
     results = []
     for scale in [float(part) for part in arguments.scales.split(",")]:
         results.append(score(pipeline, extractor, known, scale, arguments.samples, arguments))
@@ -157,6 +163,7 @@ def main() -> None:
     command.add_argument("--final", type=int, default=50000)
     command.add_argument("--batch-size", type=int, default=1000)
     command.add_argument("--num-tokens", type=int, help="first tokens kept of every sample (FlexTok); default all")
+    command.add_argument("--cache-dtype", help="of keys and values, as sample.py's cache_dtype")
     command.add_argument("--pictures", default="runs/sweep")
     arguments = parser.parse_args()
     extractor = load_extractor(arguments.features, name="cifar10", weights=None, device=pick_device())

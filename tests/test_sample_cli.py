@@ -42,6 +42,17 @@ def test_a_part_of_a_picture_is_kept(command, tmp_path):
     assert identity["edit"]["box"] == [0, 0, 4, 8]
 
 
+def test_keys_and_values_of_one_byte(command, tmp_path):
+    words = [f"checkpoint={tiny_release(tmp_path)}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}"]
+    status, _, err = command("sample.py", *words, "cache_dtype=float8_e4m3fn")
+    assert status == 0, err
+    identity = json.loads((tmp_path / "out" / "samples.json").read_text())["identity"]
+    assert identity["cache_dtype"] == "float8_e4m3fn"
+    status, _, err = command("sample.py", *words, "cache_dtype=float16")
+    assert status == 2
+    assert "cache_dtype=float16 is unknown; choose float8_e4m3fn or null" in err
+
+
 def test_mistakes_end_with_one_line_and_status_2(tmp_path):
     run = sample(f"checkpoint={tmp_path}")
     assert run.returncode == 2

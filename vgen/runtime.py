@@ -54,6 +54,17 @@ def pick_dtype(name: str) -> torch.dtype:
     return names[name]
 
 
+def pick_cache_dtype(name: str | None) -> torch.dtype | None:
+    """Turn what ``cache_dtype`` may be into a dtype; null = that of the network.
+
+    Raises:
+        UserError: for anything but null and ``float8_e4m3fn``.
+    """
+    if name not in (None, "float8_e4m3fn"):
+        raise UserError(f"cache_dtype={name} is unknown; choose float8_e4m3fn or null")
+    return None if name is None else torch.float8_e4m3fn
+
+
 def git_commit() -> str:
     """Commit of the running source tree with ``-dirty`` when it was changed, or ``unknown``."""
     folder = Path(__file__).parent

@@ -117,3 +117,12 @@ def test_a_schedule_the_network_was_not_trained_for_is_refused_with_the_possible
     assert len(pipeline.plan.forwards) == 2 * 4 + 2 * 2
     labels, index = torch.tensor([0, 1]), torch.tensor([0, 1])
     assert pipeline.generate(labels, index, Sampling()).shape == (2, 3, 8, 8)
+
+
+def test_a_cache_that_is_never_kept_has_no_dtype(tmp_path):
+    schedule = {"_target_": "vgen.schedules.masked.masked", "_partial_": True, "steps": 2}
+    release = tiny_release(tmp_path, generator={"mask_token": True}, schedule=schedule)
+    where = {"device": torch.device("cpu")}
+    assert load_pipeline(release, **where).generator.cache_dtype is None
+    with pytest.raises(UserError, match="cache_dtype has no effect: schedule 'masked' keeps no keys"):
+        load_pipeline(release, **where, cache_dtype=torch.float8_e4m3fn)

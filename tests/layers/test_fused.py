@@ -172,7 +172,7 @@ def test_on_a_gpu_fused_float32_draws_the_tokens_of_eager(plan, batch):
         assert torch.equal(decoder(labels, **shared), expected)
 
 
-def as_good_as_the_plain_layers(batch):
+def as_good_as_the_plain_layers(batch, cache_dtype=None):
     plan = raster(grid=(4, 4))
     generator = tiny_generator(plan, dim=768, heads=12).cuda().bfloat16()
     for parameter in generator.parameters():
@@ -180,6 +180,7 @@ def as_good_as_the_plain_layers(batch):
             torch.nn.init.normal_(parameter, std=0.03)
         else:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
+    generator.cache_dtype = cache_dtype
     network = copy.deepcopy(generator).float()
     ids = torch.randint(23, (batch, 16), device="cuda")
     tensors = plan.on(torch.device("cuda"))
@@ -203,6 +204,12 @@ def as_good_as_the_plain_layers(batch):
 @pytest.mark.parametrize("batch", [1, 2, 4, 7, 8, 15, 30, 60, 200])
 def test_on_a_gpu_half_precision_is_as_good_as_the_plain_layers(batch):
     as_good_as_the_plain_layers(batch)
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 30, 200])
+def test_on_a_gpu_a_cache_of_one_byte_is_read_and_written_as_the_plain_layers_do(batch):
+    as_good_as_the_plain_layers(batch, torch.float8_e4m3fn)
 
 
 @on_gpu

@@ -104,6 +104,19 @@ def test_settled_rows_are_read_apart(sizes, settled, masked, tile):
 
 
 @interpreted
+@pytest.mark.parametrize("tile", [None, FEW, HELD])
+def test_rows_of_one_byte_are_read_as_what_they_are(tile):
+    query, key, value, bias = case(2, 4, 2, 3, 70, 16, torch.float16, masked=True)
+    key, value = (rows.to(torch.float8_e4m3fn) for rows in (key, value))
+    with torch.no_grad():
+        assert runs_here(query, key, bias)
+    out = short_attention(query, key, value, bias=bias, settled=67, tile=tile)
+    assert out.dtype == torch.float16
+    right = expected(query, key.float(), value.float(), bias)
+    torch.testing.assert_close(out.float(), right, atol=2e-3, rtol=2e-3)
+
+
+@interpreted
 def test_half_precision_rounds_weights_and_result_once():
     query, key, value, bias = case(2, 4, 2, 3, 70, 16, torch.float16, masked=True)
     out = short_attention(query, key, value, bias=bias)
@@ -181,6 +194,7 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
 
 
 @compiled
+@pytest.mark.parametrize("kept", ["*bf16", "*fp8e4nv"])
 @pytest.mark.parametrize(
     ("rows", "shared", "queries", "warps", "stages", "biased", "held", "fresh"),
     [
@@ -192,7 +206,7 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
         (16, 1, 32, 1, 2, False, 0, 0),
     ],
 )
-def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased, held, fresh):
+def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased, held, fresh, kept):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -200,8 +214,8 @@ def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, st
 
     constants = {"KV_HEADS": 16, "GROUP": 1, "WIDTH": 64, "DIM": 64, "SHARED": shared, "QUERIES": queries}
     constants |= {"ROWS": rows, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128, "HELD": held, "FRESH": fresh}
-    names = attend_prefix.arg_names
-    signature = {name: "constexpr" if name in constants else SIGNATURE.get(name, "i32") for name in names}
+    names, types = attend_prefix.arg_names, SIGNATURE | {"key": kept, "value": kept}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     even = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)
@@ -217,7 +231,9 @@ def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, st
     if held:
         assert "ld.global.v4.b32" in code
         return
-    narrow = ("ld.global.b16", "ld.global.b32", "cp.async.ca")
+    assert ("cvt.rn.f16x2.e4m3x2" in code) == (kept == "*fp8e4nv")
+    # Eight keys of a byte each are half of the widest load.
+    narrow = ("ld.global.b16", "ld.global.b32", *(["cp.async.ca"] if kept == "*bf16" else []))
     assert not any(word in code for word in narrow)
     assert "cp.async.cg.shared.global" in code
 

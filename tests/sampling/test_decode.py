@@ -120,6 +120,23 @@ def test_nothing_is_read_before_it_is_written(plan, monkeypatch):
     assert plan.sees_unwritten == (plan.name == "zipar")
 
 
+@pytest.mark.parametrize("plan", [PLAN, neighboring(grid=(3, 4)), randar(grid=(3, 4))], ids=lambda plan: plan.name)
+def test_a_cache_of_one_byte_per_number_changes_logits_a_little(plan):
+    generator = tiny_generator(plan)
+    ids, condition = torch.randint(23, (2, 12)), generator.embed_condition(LABELS[:2])
+
+    def logits():
+        cache = generator.new_cache(2, plan.num_rows)
+        if plan.sees_unwritten:
+            cache.clear()
+        return torch.cat([generator.step(ids, condition, each, plan.order, cache) for each in plan.forwards], 1)
+
+    exact = logits()
+    generator.cache_dtype = torch.float8_e4m3fn
+    off = (logits() - exact).pow(2).mean().sqrt() / exact.std()
+    assert 1e-4 < off < 0.15
+
+
 def test_a_watcher_sees_what_is_open():
     generator, seen = tiny_generator(PLAN), []
     decode(generator, PLAN, LABELS, sampling=Sampling(), sample_index=INDEX, watch=lambda _, ids: seen.append(ids))

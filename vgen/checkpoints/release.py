@@ -226,6 +226,7 @@ def load_pipeline(
     *,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
     schedule: dict[str, Any] | None = None,
     picture_size: int | None = None,
     edit: Edit | None = None,
@@ -244,6 +245,7 @@ def load_pipeline(
         folder: release of a generator, with its tokenizer inside.
         device: where to run.
         dtype: of the generator; the tokenizer's weights stay in float32.
+        cache_dtype: of the keys and values that decoding keeps; null = that of the generator.
         schedule: schedule configuration to decode with; null = the one the generator was trained with.
         picture_size: side in pixels of the pictures; null = as the tokenizer decodes them.
         edit: picture of which a part is kept; null = none.
@@ -276,7 +278,10 @@ def load_pipeline(
     elif text_features is not None:
         raise UserError("text_features has no effect: this generator is not conditioned on text")
     tokenizer = load_tokenizer(folder).to(device)
+    if cache_dtype is not None and not plan.needs_cache:
+        raise UserError(f"cache_dtype has no effect: schedule '{plan.name}' keeps no keys and values")
     generator = generator.to(device, dtype)
+    generator.cache_dtype = cache_dtype
     if overlap is not None and num_frames is None:
         raise UserError("overlap joins the windows of long clips; give num_frames, too")
     if extrapolation is not None:

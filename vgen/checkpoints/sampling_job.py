@@ -4,12 +4,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from vgen.checkpoints.release import WEIGHTS, build, file_sha256, load_pipeline, read_config
 from vgen.processes import joined
-from vgen.runtime import pick_device, pick_dtype
+from vgen.runtime import pick_cache_dtype, pick_device, pick_dtype
 from vgen.sampling.engine import pick_engine
 from vgen.sampling.job import run_sampling
 from vgen.sampling.pixels import PixelSettings
 
-_OPTIONAL = ("edit", "extrapolate", "num_tokens", "predict", "num_frames", "overlap")
+_OPTIONAL = ("cache_dtype", "edit", "extrapolate", "num_tokens", "predict", "num_frames", "overlap")
 _USUAL_FPS, _FASTEST = 8.0, 50.0
 
 
@@ -36,6 +36,7 @@ def sample(config: DictConfig) -> None:
         plain["checkpoint"],
         device=device,
         dtype=pick_dtype(plain["dtype"]),
+        cache_dtype=pick_cache_dtype(plain["cache_dtype"]),
         schedule=plain.get("schedule"),
         picture_size=plain["picture_size"],
         edit=build(plain["edit"]) if plain.get("edit") else None,

@@ -109,6 +109,8 @@ class Transformer(nn.Module):
 
     Attributes:
         fused: decoding passes use kernels of their own; set by :meth:`fuse_decoding`.
+        residual_dtype: of the residual stream in training; None = that of the weights.
+        cache_dtype: of the keys and values that decoding keeps; None = that of the weights.
 
     Raises:
         UserError: for sizes or switches that do not fit together.
@@ -300,6 +302,7 @@ class Transformer(nn.Module):
         elif outputs:
             nn.init.zeros_(outputs[0].weight)
         self.residual_dtype: torch.dtype | None = None
+        self.cache_dtype: torch.dtype | None = None
         self._compiled_group: Callable[..., Tensor] | None = None
         self._group = 1
 
@@ -805,6 +808,7 @@ class Transformer(nn.Module):
             dtype=self.dtype,
             context_heads=self.heads,
             context_rows=self.num_context,
+            row_dtype=self.cache_dtype,
         )
 
 

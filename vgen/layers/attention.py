@@ -174,6 +174,7 @@ class Attention(nn.Module):
             key, value = view.cache.write(layer, key, value, view.rows, view.row_start, view.prefix)
         if self.fused and view.cache is not None and view.blocks is None and runs_here(query, key, view.mask):
             return short_attention(query, key, value, bias=view.mask, settled=view.settled)
+        key, value = key.to(query.dtype), value.to(query.dtype)
         if view.blocks is not None:
             out = attend_blocks(query, key, value, view.blocks)
         else:

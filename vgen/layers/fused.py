@@ -20,6 +20,7 @@ from vgen.layers.attention import Attention, View
 from vgen.layers.early_launch import early_launch
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
+from vgen.layers.short_attention import reads_float8
 from vgen.layers.tiles import Kind, Product, Tile, best_tile, power_of_two
 
 
@@ -78,7 +79,8 @@ def can_run(x: Tensor, attention: Attention, view: View) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and x.dtype == attention.wqkv.weight.dtype == view.cache.buffer.dtype
+        and x.dtype == attention.wqkv.weight.dtype
+        and (x.dtype == view.cache.buffer.dtype or reads_float8(x, view.cache.buffer.dtype))
         and why_not(x.device) is None
     )
 

@@ -99,6 +99,7 @@ def write_rotated(
     tl.store(query + row.to(tl.int64) * (HEADS * HEAD_DIM) + column, out, mask=here & (head < HEADS))
     place = (row // fed).to(tl.int64) * cache_batch + rotation[1].to(tl.int64) * HEAD_DIM + within
     is_value = head >= HEADS + KV_HEADS
+    out = out.to(key.dtype.element_ty)
     tl.store(key + place + (head - HEADS).to(tl.int64) * cache_head, out, mask=here & (head >= HEADS) & (~is_value))
     tl.store(value + place + (head - HEADS - KV_HEADS).to(tl.int64) * cache_head, out, mask=here & is_value)
 

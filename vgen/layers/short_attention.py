@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vgen.layers.cache import FLOAT8
 from vgen.layers.early_launch import early_launch
 
 _MOST_QUERIES = 64  # per key-value head; more are worth the kernels of PyTorch
@@ -82,14 +83,31 @@ def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     Products of float32 numbers do not run on the matrix units, so these stay with PyTorch.
     """
     return (
-        ((query.is_cuda and query.element_size() == 2) or os.environ.get("TRITON_INTERPRET") == "1")
-        and query.dtype == key.dtype
+        ((query.is_cuda and query.element_size() == 2) or _interpreted())
+        and (query.dtype == key.dtype or reads_float8(query, key.dtype))
         and query.shape[2] * (query.shape[1] // key.shape[1]) <= _MOST_QUERIES
         and query.shape[-1] <= 256
         and (mask is None or (mask.is_floating_point() and (mask.dim() == 2 or mask.shape[1] == 1)))
         and not torch.is_grad_enabled()
         and _kernels() is not None
     )
+
+
+def reads_float8(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels on the device of x read a cache of such numbers."""
+    return dtype in FLOAT8 and (
+        _interpreted() or (x.is_cuda and torch.version.hip is None and _capability(x.device) >= (8, 9))
+    )
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def short_attention(
@@ -105,7 +123,8 @@ def short_attention(
 
     Args:
         query: [B, heads, F, head_dim], any strides but the last.
-        key: [B, kv_heads, P, head_dim], likewise; kv_heads divides heads (grouped-query attention, repeated in blocks).
+        key: [B, kv_heads, P, head_dim], likewise, of the same dtype or float8_e4m3fn; kv_heads divides heads
+            (grouped-query attention, repeated in blocks).
         value: like key.
         bias: [F, P], or every sample's own, [B, 1, F, P], added to the scores; -inf hides; taken as it is if made by
             :func:`vgen.layers.attention.additive_mask`, otherwise copied. A query that sees nothing gives zeros.

@@ -13,7 +13,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _scores(queries, keys, seen, biases, row, end, asked, scale, BIASED: tl.constexpr):
     """Scores of a tile of keys in powers of two, -inf where not ``seen``."""
-    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
     if BIASED:
         extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < end)[None, :], other=0.0)
         scores += extra.to(tl.float32) * LOG2_E
@@ -21,13 +21,13 @@ def _scores(queries, keys, seen, biases, row, end, asked, scale, BIASED: tl.cons
 
 
 @triton.jit
-def _added(scores, values, peak, total, mixed):
+def _added(scores, values, peak, total, mixed, dtype: tl.constexpr):
     """Peak, sum of weights and mixture of values with one more tile of scores."""
     higher = tl.maximum(peak, tl.max(scores, 1))
     weights = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(peak - higher)
     total = total * shrink + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(values.dtype), values, mixed * shrink[:, None], input_precision="ieee")
+    mixed = tl.dot(weights.to(dtype), values.to(dtype), mixed * shrink[:, None], input_precision="ieee")
     return higher, total, mixed
 
 
@@ -79,7 +79,7 @@ def attend_prefix(
 
     Args:
         query: [B, KV_HEADS GROUP, fed, WIDTH]; the numbers named after it are its strides.
-        key: [B, KV_HEADS, prefix, WIDTH].
+        key: [B, KV_HEADS, prefix, WIDTH], of the same dtype or of one byte per number.
         value: like key.
         bias: [fed, bias_slot] with bias_slot >= prefix, added to the scores, bias_batch numbers on for every sample, 0
             where they share it; not read unless BIASED.
@@ -94,6 +94,7 @@ def attend_prefix(
         DIM: WIDTH rounded up to what the matrix units take.
         EARLY: wait for the kernel in front (programmatic dependent launch).
     """
+    dtype: tl.constexpr = query.dtype.element_ty
     HEADS: tl.constexpr = KV_HEADS * GROUP
     COLUMNS: tl.constexpr = SHARED * ROWS
     if EARLY:
@@ -158,12 +159,12 @@ def attend_prefix(
         new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
         peak = tl.maximum(peak, tl.maximum(tl.max(highest, 1), tl.max(new_scores, 1)))
         new_weights = tl.exp2(new_scores - peak[:, None])
-        mixed = tl.dot(new_weights.to(new_values.dtype), new_values, mixed, input_precision="ieee")
+        mixed = tl.dot(new_weights.to(dtype), new_values.to(dtype), mixed, input_precision="ieee")
         together = tl.zeros([QUERIES, COLUMNS], tl.float32)
         for number in tl.static_range(HELD):
             weights = tl.exp2(found[number] - peak[:, None])
             together += weights
-            mixed = tl.dot(weights.to(new_values.dtype), mixtures[number], mixed, input_precision="ieee")
+            mixed = tl.dot(weights.to(dtype), mixtures[number].to(dtype), mixed, input_precision="ieee")
         total = tl.sum(together, 1) + tl.sum(new_weights, 1)
         for start in range(settled + FRESH, end, FRESH):
             new = start + tl.arange(0, FRESH)
@@ -171,7 +172,7 @@ def attend_prefix(
             new_keys = tl.load(last_keys + new[:, None] * key_row, mask=here, other=0.0)
             new_values = tl.load(last_values + new[:, None] * value_row, mask=here, other=0.0)
             new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
-            peak, total, mixed = _added(new_scores, new_values, peak, total, mixed)
+            peak, total, mixed = _added(new_scores, new_values, peak, total, mixed, dtype)
     for step in range(low + HELD, tl.minimum(low + span, tl.cdiv(settled, ROWS))):
         row = step * ROWS + place
         seen = (row < settled)[None, :]
@@ -182,7 +183,7 @@ def attend_prefix(
             seen = seen & ((head // GROUP)[:, None] == (column // ROWS)[None, :])
         # The bias up to the end of its line, not of the rows, so that neighbours are loaded together.
         scores = _scores(queries, tile, seen, biases, row, bias_slot, asked, scale, BIASED)
-        peak, total, mixed = _added(scores, mixture, peak, total, mixed)
+        peak, total, mixed = _added(scores, mixture, peak, total, mixed, dtype)
 
     line = (sample * fed + slot) * HEADS + first * GROUP + head
     if SPLIT:
