@@ -23,8 +23,8 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed ## handwritten digits from pixels to a scored sample grid, about 5 minutes on 2 CPU cores
-	$(BIN)/python train.py experiment=digits_tokenizer
-	$(BIN)/python train.py experiment=digits_raster
+	$(BIN)/python train.py experiment=digits_tokenizer paths.runs=$(RUNS)
+	$(BIN)/python train.py experiment=digits_raster paths.runs=$(RUNS)
 	$(BIN)/python sample.py checkpoint=$(RUNS)/digits_raster/release out=$(RUNS)/digits_samples num_samples=500 sampling=digits
 	$(BIN)/python evaluate.py samples=$(RUNS)/digits_samples/samples.npz data=digits out=$(RUNS)/digits_samples/report.json
 	@echo "pictures:    $(RUNS)/digits_tokenizer/pictures (reconstructions), $(RUNS)/digits_samples/grid.png (samples)"
@@ -33,8 +33,8 @@ quickstart: $(VENV)/.installed ## handwritten digits from pixels to a scored sam
 
 video-quickstart: $(VENV)/.installed ## moving digits from pixels to a GIF of generated clips, on 2 CPU cores
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[video]'
-	$(BIN)/python train.py experiment=moving_digits_tokenizer
-	$(BIN)/python train.py experiment=moving_digits_raster
+	$(BIN)/python train.py experiment=moving_digits_tokenizer paths.runs=$(RUNS)
+	$(BIN)/python train.py experiment=moving_digits_raster paths.runs=$(RUNS)
 	$(BIN)/python sample.py checkpoint=$(RUNS)/moving_digits_raster/release out=$(RUNS)/moving_digits_samples num_samples=50 \
 		sampling=moving_digits format=[npz,mp4,gif] animate=3
 	@echo "watch: $(RUNS)/moving_digits_samples/grid.gif, grid.mp4; contact sheet grid.png; decoding decode.gif"
