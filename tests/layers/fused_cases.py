@@ -364,6 +364,9 @@ def test_long_rows_get_tiles_that_fit():
             assert (tile.kind, tile.warps) == ("held", 4)
             assert tile.columns * tile.parts == 64
     assert best_tile("wo", 32, 2816, shared_bytes=101376).kind == "streamed"
+    # The squares of long rows share the registers with their weights.
+    assert [best_tile("project", 16, width).inner for width in (1024, 1536, 3200)] == [256, 256, 128]
+    assert best_tile("wo", 8, 3200).inner == 256
     assert best_tile("gate", 2, 1024).warps < best_tile("gate", 2, 4096).warps
     assert best_tile("wo", 5, 40).inner == 16
     assert best_tile("wo", 65, 40) is None

@@ -9,6 +9,7 @@ FEW = 64
 _HELD_BYTES = 512  # of weights in the registers of a thread, by rows
 _MOST_WARPS = 8
 _MOST_PARTS = 8
+_SQUARES_BYTES = 256  # of a norm's squares in the registers of a thread, where a row has more than two steps
 
 Product = Literal["project", "wo", "gate", "w2", "read"]
 Kind = Literal["by_row", "held", "streamed"]
@@ -135,8 +136,10 @@ def _held_tile(product: Product, tile: Tile, rows: int, width: int, shared_bytes
     while parts <= _MOST_PARTS and width % parts == 0:
         for inner in (tile.inner, tile.inner // 2, tile.inner // 4):
             held = replace(tile, columns=columns, parts=parts, inner=min(inner, max(16, power_of_two(width // parts))))
-            flying = (held.stages + 1) * parts * max(8, power_of_two(rows)) * held.inner * 2
-            if held.inner >= 16 and _weight_bytes(product, held, width) + flying <= shared_bytes:
+            numbers = parts * max(8, power_of_two(rows)) * held.inner
+            fits = _weight_bytes(product, held, width) + (held.stages + 1) * numbers * 2 <= shared_bytes
+            crowded = product in ("project", "gate") and numbers * 4 > _SQUARES_BYTES * held.warps * 32
+            if fits and held.inner >= 16 and not (crowded and width > 2 * parts * held.inner):
                 return held
         columns, parts = columns // 2, 2 * parts
     return Tile("streamed", 16, 128, 2, 4, early=tile.early)
