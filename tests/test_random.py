@@ -41,3 +41,10 @@ def test_normal_values_are_normal_and_keyed():
     assert (torch.histc(quantiles, 20, 0, 1) / table.numel() - 0.05).abs().max() < 0.004
     assert abs((table[1:] * table[:-1]).mean()) < 0.02
     assert table.isfinite().all()
+
+
+def test_normal_values_stay_those_of_earlier_versions():
+    # A job that is resumed by another version must not change its noise.
+    first, second = keyed_uniform(5, torch.arange(4), 7, 0), keyed_uniform(5, torch.arange(4), 7, 1)
+    expected = (-2.0 * torch.log1p(-first)).sqrt() * torch.cos(2.0 * torch.pi * second)
+    assert torch.equal(keyed_normal(5, torch.arange(4), 7), expected.float())

@@ -4,7 +4,6 @@ Few rows: a product with every weight is one kernel that streams the weight once
 it. Many rows: products by the vendor's library, what lies between them in one kernel each.
 """
 
-import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from vgen.errors import UserError
 from vgen.layers.attention import Attention, View
 from vgen.layers.early_launch import early_launch
+from vgen.layers.interpreter import interpreted
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
 from vgen.layers.short_attention import reads_float8
@@ -33,17 +33,11 @@ def _kernels() -> tuple[ModuleType, ModuleType]:
 
 
 @cache
-def _interpreted() -> bool:
-    """Whether Triton runs on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
 def why_not(device: torch.device) -> str | None:
     """What is missing on a device to run the kernels; None = nothing."""
     if find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
-    if _interpreted():
+    if interpreted():
         return None
     if device.type != "cuda":
         return f"its kernels need a CUDA device and this one is {device}"

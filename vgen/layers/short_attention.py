@@ -5,7 +5,6 @@ bytes. The kernels of PyTorch are made for many queries and reach it for a singl
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from vgen.layers.cache import FLOAT8
 from vgen.layers.early_launch import early_launch
+from vgen.layers.interpreter import interpreted
 
 _MOST_QUERIES = 64  # per key-value head; more are worth the kernels of PyTorch
 _FEW_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
@@ -83,7 +83,7 @@ def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
     Products of float32 numbers do not run on the matrix units, so these stay with PyTorch.
     """
     return (
-        ((query.is_cuda and query.element_size() == 2) or _interpreted())
+        ((query.is_cuda and query.element_size() == 2) or interpreted())
         and (query.dtype == key.dtype or reads_float8(query, key.dtype))
         and query.shape[2] * (query.shape[1] // key.shape[1]) <= _MOST_QUERIES
         and query.shape[-1] <= 256
@@ -96,18 +96,13 @@ def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
 def reads_float8(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether kernels on the device of x read a cache of such numbers."""
     return dtype in FLOAT8 and (
-        _interpreted() or (x.is_cuda and torch.version.hip is None and _capability(x.device) >= (8, 9))
+        interpreted() or (x.is_cuda and torch.version.hip is None and _capability(x.device) >= (8, 9))
     )
 
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-def _interpreted() -> bool:
-    """Whether Triton runs on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def short_attention(

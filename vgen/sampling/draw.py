@@ -5,7 +5,6 @@ probability exceeds a uniform number. Exponentials are float32, all sums float64
 the batch; only a number within about 1e-7 of a boundary can give the token beside it.
 """
 
-import os
 from functools import cache
 from typing import Any
 
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from vgen.layers.early_launch import early_launch
+from vgen.layers.interpreter import interpreted
 
 _CHUNK, _CHUNKS = 128, 16  # logits per chunk, chunks per program
 
 
 def draws_here(logits: Tensor) -> bool:
     """Whether :func:`draw_tokens` can take these logits: CUDA and the package triton."""
-    return (logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and _kernels() is not None
+    return (logits.is_cuda or interpreted()) and _kernels() is not None
 
 
 def draw_tokens(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import UserError
-from vgen.tokenizers.base import Autoencoder, TokenizerOutput
+from vgen.tokenizers.base import Autoencoder, TokenizerOutput, check_pixels
 from vgen.tokenizers.convnet import Downsample, Upsample
 from vgen.tokenizers.norm_swish import group_norm
 
@@ -217,11 +217,7 @@ class AutoencoderKL(Autoencoder):
         Raises:
             UserError: if the images do not have 3 channels or a side is not divisible by the stride.
         """
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise UserError(f"the autoencoder takes pixels [B, 3, H, W], got shape {list(pixels.shape)}")
-        height, width = pixels.shape[2:]
-        if height % self.stride or width % self.stride or not height * width:
-            raise UserError(f"images of {height} x {width} pixels do not divide by the stride {self.stride} of the VAE")
+        check_pixels(pixels, self.stride)
         encode = self._compiled[0] if self._compiled and self._trains() else self.encoder
         mean, logvar = self.quant_conv(encode(pixels.to(self.last_layer.dtype))).float().chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30.0, 20.0))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vgen.errors import UserError
+
 
 @dataclass(frozen=True)
 class TokenizerOutput:
@@ -21,6 +23,19 @@ class TokenizerOutput:
     reconstruction: Tensor
     ids: Tensor
     losses: dict[str, Tensor]
+
+
+def check_pixels(pixels: Tensor, stride: int) -> None:
+    """Refuse pictures that a network of a stride cannot encode.
+
+    Raises:
+        UserError: unless they are [B, 3, H, W] with sides divisible by the stride.
+    """
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise UserError(f"the tokenizer takes pixels [B, 3, H, W], got shape {list(pixels.shape)}")
+    height, width = pixels.shape[2:]
+    if height % stride or width % stride or not height * width:
+        raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {stride}")
 
 
 class Autoencoder(nn.Module, ABC):

@@ -74,18 +74,6 @@ class GridVQ(ProxyTokenizer):
             return self._compiled
         return self.encoder, self.decoder.features
 
-    def check_pixels(self, pixels: Tensor) -> None:
-        """Refuse what does not fill a token grid.
-
-        Raises:
-            UserError: if the images do not have 3 channels or a side is not divisible by the stride.
-        """
-        if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise UserError(f"the tokenizer takes pixels [B, 3, H, W], got shape {list(pixels.shape)}")
-        height, width = pixels.shape[2:]
-        if height % self.stride or width % self.stride or not height * width:
-            raise UserError(f"images of {height} x {width} pixels do not divide by the tokenizer stride {self.stride}")
-
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels in [-1, 1] [B, 3, H, W] to ids int64 [B, N] in raster order."""
         latents = self.latents(pixels)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgen.errors import UserError
+from vgen.tokenizers.base import check_pixels
 from vgen.tokenizers.grid_vq import GridVQ
 from vgen.tokenizers.norm_swish import group_norm
 from vgen.tokenizers.proxy import PixelDecoder
@@ -238,7 +239,7 @@ class MaskGITVQGAN(GridVQ):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization; see :meth:`GridVQ.latents`, [B, z_channels, h, w]."""
-        self.check_pixels(pixels)
+        check_pixels(pixels, self.stride)
         encode, _ = self._networks()
         return encode((pixels.to(self.encoder.conv_in.weight.dtype) + 1.0) / 2.0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.errors import UserError
+from vgen.tokenizers.base import check_pixels
 from vgen.tokenizers.convnet import Decoder, Encoder
 from vgen.tokenizers.grid_vq import GridVQ
 from vgen.tokenizers.quantize import VectorQuantizer
@@ -126,7 +127,7 @@ class VQGAN(GridVQ):
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization; see :meth:`GridVQ.latents`, [B, codebook_dim, h, w]."""
-        self.check_pixels(pixels)
+        check_pixels(pixels, self.stride)
         encode, _ = self._networks()
         return self.quant_conv(encode(pixels.to(self.quant_conv.weight.dtype)))
 
