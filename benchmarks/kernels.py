@@ -39,7 +39,7 @@ from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import SwiGLU, swiglu_width
 from vgen.layers.norm import RMSNorm
-from vgen.layers.tiles import FEW, Product, Tile, best_tile, tiles_in_use, use_tiles
+from vgen.layers.tiles import FEW, MEASURED, Product, Tile, best_tile, use_tiles
 from vgen.runtime import pick_device, pick_dtype
 
 HEADER = "| rows | step | tile | us | TB/s | plain us | times faster | error | plain error |\n" + "|---" * 9 + "|"
@@ -326,8 +326,9 @@ def swept_layer(
     By the table in use, by the vendor's library and by the fastest steps. As neighbours share the device, the fastest
     steps need not make the fastest layer: every product is then tried with its next best tiles, one after the other.
     """
-    table, rows = tiles_in_use(), len(case.x)
-    used = {product: next(tile for most, tile in entries if rows <= most) for product, entries in table.items()}
+    rows = len(case.x)
+    used = {product: next(tile for most, tile in entries if rows <= most) for product, entries in MEASURED.items()}
+    used |= {step.product: used_tile(step, case) for step in steps_of(case.blocks[0], rows) if step.product}
     steps = used | {product: tiles[0] for product, tiles in ranked.items()}
     fastest = math.inf
     try:
@@ -352,7 +353,7 @@ def swept_layer(
                     fastest = seconds
                     chosen.update(changed)
     finally:
-        use_tiles(table)
+        use_tiles(None)
 
 
 @cache

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vgen.errors import UserError
-from vgen.layers.tiles import FEW, Product, Tile, Tiles, tiles_in_use
+from vgen.layers.tiles import FEW, MEASURED, Product, Tile, Tiles
 
 CLASSES = (2, 4, 8, 16, 32, FEW)
 """Most rows of the classes that have tiles of their own."""
@@ -33,8 +33,14 @@ def candidates(product: Product, rows: int) -> list[Tile]:
         tiles += [Tile("held", 8, 128, 4, few, parts=8), Tile("held", 16, 256, 4, 1, parts=4)]
         # The last leaves room for a neighbour with 32 rows too.
         tiles += [Tile("held", 16, 128, 8, few, parts=8), Tile("held", 8, 64, 4, 1, parts=8)]
+    if rows > 8:
+        # Rows enough for their way to the multiprocessors to count: more of them in flight, or by more warps.
+        tiles += [Tile("held", 16, 128, 8, few, parts=4), Tile("held", 16, 64, 8, 4, parts=4)]
+        tiles += [Tile("held", 8, 128, 8, 1, parts=8), Tile("held", 32, 128, 4, 2 * few, parts=2)]
     if product in ("project", "gate"):
         tiles += [Tile("held", 64, 128, 4, few), Tile("held", 64, 128, 8, few, parts=2)]
+        if rows > 8:
+            tiles += [Tile("held", 64, inner, 4, stages) for inner, stages in ((128, 4), (128, 8), (64, 4), (64, 8))]
     tiles += [Tile("streamed", 16, 128, 2, 4), Tile("streamed", 16, 128, 2, 5, early=False)]
     if product != "gate":
         return tiles
@@ -52,7 +58,7 @@ def write_tiles(path: str | Path, chosen: Tiles) -> None:
 
 
 def read_tiles(path: str | Path) -> Tiles:
-    """The table in use with the classes of a file in place of its own.
+    """The measured table with the classes of a file in place of its own.
 
     Raises:
         UserError: if the file is no such table.
@@ -60,7 +66,7 @@ def read_tiles(path: str | Path) -> Tiles:
     try:
         given = json.loads(Path(path).read_text())
         table = {}
-        for product, entries in tiles_in_use().items():
+        for product, entries in MEASURED.items():
             own = {int(most): None if tile is None else Tile(**tile) for most, tile in given.get(product, [])}
             table[product] = tuple(sorted((dict(entries) | own).items()))
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -20,7 +20,7 @@ from vgen.layers import attention, fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
 from vgen.layers.norm import RMSNorm
-from vgen.layers.tiles import Tile, best_tile, tiles_in_use, use_tiles
+from vgen.layers.tiles import MEASURED, Tile, best_tile, tiles_for, use_tiles
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder
 from vgen.sampling.settings import Guidance, Sampling
@@ -312,7 +312,7 @@ def test_the_benchmark_prints_a_line_per_step(capsys, monkeypatch):
 
 
 def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
-    path, table = tmp_path / "tiles.json", tiles_in_use()
+    path = tmp_path / "tiles.json"
     # The interpreter takes a second for three tiles.
     monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
     monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:1])
@@ -322,17 +322,18 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     errors = [float(line[8]) for line in lines if line[2].strip() != "layer"]
     assert len(errors) > 8
     assert max(errors) < 3e-3
-    assert tiles_in_use() is table
+    assert tiles_for("wo", 1024) is MEASURED["wo"]
     try:
         use_tiles(read_tiles(path))
-        for product, entries in tiles_in_use().items():
+        for product in MEASURED:
+            entries = tiles_for(product, 5000)
             assert [most for most, _ in entries] == [2, 4, 8, 16, 32, 64]
-            own, given = dict(table[product]), dict(entries)
+            own, given = dict(MEASURED[product]), dict(entries)
             assert all(given[most] == own[most] for most in own if most != 8)
             known = {tile.columns for tile in (own[8], *candidates(product, 7)) if tile}
             assert given[8] is None or given[8].columns in known
     finally:
-        use_tiles(table)
+        use_tiles(None)
     path.write_text("[]")
     with pytest.raises(UserError, match="not a table of tiles"):
         read_tiles(path)
@@ -344,12 +345,11 @@ def test_products_by_the_library_mix_with_our_own(vendor):
     x, seen = (torch.randn(5, 1, 32).half() for _ in range(2))
     given = x.clone()
     expected = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
-    table = tiles_in_use()
     try:
-        use_tiles(table | {product: ((64, None),) for product in vendor})
+        use_tiles(MEASURED | {product: ((64, None),) for product in vendor})
         mixed = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
     finally:
-        use_tiles(table)
+        use_tiles(None)
     torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(x, given)
 
@@ -363,10 +363,13 @@ def test_long_rows_get_tiles_that_fit():
             tile = best_tile("project", rows, width)
             assert (tile.kind, tile.warps) == ("held", 4)
             assert tile.columns * tile.parts == 64
-    assert best_tile("wo", 32, 2816, shared_bytes=101376).kind == "streamed"
+    assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "streamed"
     # The squares of long rows share the registers with their weights.
     assert [best_tile("project", 16, width).inner for width in (1024, 1536, 3200)] == [256, 256, 128]
-    assert best_tile("wo", 8, 3200).inner == 256
-    assert best_tile("gate", 2, 1024).warps < best_tile("gate", 2, 4096).warps
-    assert best_tile("wo", 5, 40).inner == 16
+    assert best_tile("w2", 32, 3200).inner == 128
+    assert [best_tile("project", 2, width).columns for width in (1024, 1280)] == [32, 16]
+    assert best_tile("read", 2, 1024).warps < best_tile("read", 2, 8192).warps
+    # What is held comes before what is in flight.
+    assert [best_tile("project", 32, width).stages for width in (1024, 1280, 1536)] == [8, 7, 3]
+    assert best_tile("w2", 5, 40).inner == 16
     assert best_tile("wo", 65, 40) is None

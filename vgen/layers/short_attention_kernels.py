@@ -7,13 +7,27 @@
 import triton
 import triton.language as tl
 
+from vgen.layers.interpreter import interpreted
+
 LOG2_E = tl.constexpr(1.4426950408889634)
+INTERPRETED = tl.constexpr(interpreted())
+
+
+@triton.jit
+def _widened(tile, dtype: tl.constexpr):
+    """A tile of keys or values in the dtype of the products."""
+    wide = tile.to(dtype)
+    if tile.dtype.primitive_bitwidth == 8 and not INTERPRETED:
+        # Made here and in this layout: otherwise the compiler first brings the bytes into that of the matrix units, for
+        # which values are fetched one by one.
+        wide = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [wide], dtype=wide.dtype, is_pure=False, pack=2)
+    return wide
 
 
 @triton.jit
 def _scores(queries, keys, seen, biases, row, end, asked, scale, BIASED: tl.constexpr):
     """Scores of a tile of keys in powers of two, -inf where not ``seen``."""
-    scores = tl.dot(queries, tl.trans(keys.to(queries.dtype)), input_precision="ieee") * scale
+    scores = tl.dot(queries, tl.trans(_widened(keys, queries.dtype)), input_precision="ieee") * scale
     if BIASED:
         extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < end)[None, :], other=0.0)
         scores += extra.to(tl.float32) * LOG2_E
@@ -27,7 +41,7 @@ def _added(scores, values, peak, total, mixed, dtype: tl.constexpr):
     weights = tl.exp2(scores - higher[:, None])
     shrink = tl.exp2(peak - higher)
     total = total * shrink + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(dtype), values.to(dtype), mixed * shrink[:, None], input_precision="ieee")
+    mixed = tl.dot(weights.to(dtype), _widened(values, dtype), mixed * shrink[:, None], input_precision="ieee")
     return higher, total, mixed
 
 
@@ -94,7 +108,9 @@ def attend_prefix(
         DIM: WIDTH rounded up to what the matrix units take.
         EARLY: wait for the kernel in front (programmatic dependent launch).
     """
-    dtype: tl.constexpr = query.dtype.element_ty
+    # Two numbers of one byte become float16 in one instruction, bfloat16 in three.
+    BYTES: tl.constexpr = key.dtype.element_ty.primitive_bitwidth == 8
+    dtype: tl.constexpr = tl.float16 if BYTES and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
     HEADS: tl.constexpr = KV_HEADS * GROUP
     COLUMNS: tl.constexpr = SHARED * ROWS
     if EARLY:
@@ -131,7 +147,7 @@ def attend_prefix(
         + width,
         mask=asked[:, None] & inside[None, :],
         other=0.0,
-    )
+    ).to(dtype)
 
     # A finite start: a tile that hides everything must not make 0 / 0 of the rescaling.
     peak = tl.full([QUERIES], -1e30, tl.float32)
@@ -159,12 +175,12 @@ def attend_prefix(
         new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
         peak = tl.maximum(peak, tl.maximum(tl.max(highest, 1), tl.max(new_scores, 1)))
         new_weights = tl.exp2(new_scores - peak[:, None])
-        mixed = tl.dot(new_weights.to(dtype), new_values.to(dtype), mixed, input_precision="ieee")
+        mixed = tl.dot(new_weights.to(dtype), _widened(new_values, dtype), mixed, input_precision="ieee")
         together = tl.zeros([QUERIES, COLUMNS], tl.float32)
         for number in tl.static_range(HELD):
             weights = tl.exp2(found[number] - peak[:, None])
             together += weights
-            mixed = tl.dot(weights.to(dtype), mixtures[number].to(dtype), mixed, input_precision="ieee")
+            mixed = tl.dot(weights.to(dtype), _widened(mixtures[number], dtype), mixed, input_precision="ieee")
         total = tl.sum(together, 1) + tl.sum(new_weights, 1)
         for start in range(settled + FRESH, end, FRESH):
             new = start + tl.arange(0, FRESH)

@@ -43,36 +43,35 @@ class Tile:
 Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
 """Per product: most rows and the tile; None = by the vendor's library, as with many rows."""
 
-# Measured at size L (benchmarks/RESULTS.md); above 32 rows the library is as fast or was not timed against.
-_tiles: Tiles = {
+MEASURED: Tiles = {
     "project": (
-        (2, Tile("by_row", 4, 512, 2)),
-        (4, Tile("held", 64, 128, 4, 2)),
-        (8, Tile("held", 64, 128, 4, 2)),
+        (2, Tile("held", 32, 128, 4, 2, parts=2)),
+        (4, Tile("held", 32, 128, 4, 2, parts=2)),
+        (8, Tile("held", 32, 128, 4, 2, parts=2)),
         (16, Tile("held", 16, 256, 4, 1, parts=4)),
-        (32, Tile("held", 64, 128, 4, 1)),
+        (32, Tile("held", 64, 128, 4, 8)),
         (FEW, None),
     ),
     "wo": (
-        (2, Tile("by_row", 4, 1024, 4)),
+        (2, Tile("by_row", 8, 1024, 4)),
         (4, Tile("held", 32, 128, 4, 2, parts=2)),
-        (8, Tile("held", 16, 256, 4, 1, parts=4)),
-        (16, Tile("held", 8, 128, 4, 1, parts=8)),
-        (32, Tile("held", 16, 256, 4, 1, parts=4)),
+        (8, Tile("held", 32, 128, 4, 2, parts=2)),
+        (16, Tile("held", 16, 128, 4, 2, parts=4)),
+        (32, Tile("held", 16, 128, 4, 1, parts=4)),
         (FEW, None),
     ),
     "gate": (
-        (2, Tile("by_row", 4, 512, 2)),
+        (2, Tile("held", 16, 128, 4, 2, parts=2)),
         (4, Tile("held", 16, 128, 4, 2, parts=2)),
         (8, Tile("held", 16, 128, 4, 2, parts=2)),
-        (16, Tile("held", 8, 256, 4, 1, parts=4)),
-        (32, Tile("held", 32, 128, 4, 1)),
+        (16, Tile("held", 32, 128, 4, 8)),
+        (32, Tile("held", 32, 128, 4, 8)),
         (FEW, None),
     ),
     "w2": (
-        (2, Tile("by_row", 8, 1024, 4)),
-        (4, Tile("held", 8, 128, 4, 2, parts=8)),
-        (8, Tile("held", 16, 256, 4, 1, parts=4)),
+        (2, Tile("held", 8, 128, 4, 2, parts=8)),
+        (4, Tile("held", 16, 128, 8, 2, parts=8)),
+        (8, Tile("held", 16, 128, 8, 2, parts=8)),
         (16, Tile("held", 8, 128, 4, 2, parts=8)),
         (32, Tile("held", 16, 256, 4, 1, parts=4)),
         (FEW, None),
@@ -86,17 +85,34 @@ _tiles: Tiles = {
         (FEW, None),
     ),
 }
+"""At size L (benchmarks/RESULTS.md); above 32 rows the library is as fast or was not timed against."""
+_LONGEST: Mapping[Product, int] = {"project": 1024, "wo": 1024, "gate": 1024, "w2": 2816, "read": 1024}
+"""Inner axes of size L; for longer ones there is another table."""
+# Measured at size XL, 2 rows only.
+_LONG: Tiles = {
+    **MEASURED,
+    "project": ((2, Tile("held", 16, 64, 4, 4, parts=4)), *MEASURED["project"][1:]),
+    "wo": ((2, Tile("held", 16, 64, 4, 4, parts=4)), *MEASURED["wo"][1:]),
+    "w2": ((2, Tile("by_row", 8, 1024, 4)), *MEASURED["w2"][1:]),
+}
+_given: Tiles | None = None
 
 
-def tiles_in_use() -> Tiles:
-    """The table that :func:`best_tile` reads."""
-    return _tiles
+def tiles_for(product: Product, width: int) -> Sequence[tuple[int, Tile | None]]:
+    """Classes of a product whose inner axis is ``width`` long, as measured or as given to :func:`use_tiles`."""
+    if _given is not None:
+        return _given[product]
+    return (MEASURED if width <= _LONGEST[product] else _LONG)[product]
 
 
-def use_tiles(tiles: Tiles) -> None:
-    """Replace the table, e.g. by what ``benchmarks.kernels --choose`` found; recorded graphs keep their tiles."""
-    global _tiles
-    _tiles = tiles
+def use_tiles(tiles: Tiles | None) -> None:
+    """Use another table, e.g. what ``benchmarks.kernels --choose`` found, for inner axes of all lengths.
+
+    Args:
+        tiles: all products; None = what was measured. Recorded graphs keep their tiles.
+    """
+    global _given
+    _given = tiles
 
 
 def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 232448) -> Tile | None:
@@ -111,7 +127,7 @@ def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 23244
     Returns:
         None = by the vendor's library.
     """
-    tile = next((tile for most, tile in _tiles[product] if rows <= most), None)
+    tile = next((tile for most, tile in tiles_for(product, width) if rows <= most), None)
     if tile is None:
         return None
     while width % tile.parts:
@@ -131,16 +147,19 @@ def _weight_bytes(product: Product, tile: Tile, width: int) -> int:
 
 
 def _held_tile(product: Product, tile: Tile, rows: int, width: int, shared_bytes: int) -> Tile:
-    """The first that a program can hold of the tile, narrower steps of it, and fewer columns in more parts."""
+    """The first that a program can hold: the tile with fewer steps in flight, narrower steps, fewer columns."""
     columns, parts = tile.columns, tile.parts
     while parts <= _MOST_PARTS and width % parts == 0:
         for inner in (tile.inner, tile.inner // 2, tile.inner // 4):
-            held = replace(tile, columns=columns, parts=parts, inner=min(inner, max(16, power_of_two(width // parts))))
-            numbers = parts * max(8, power_of_two(rows)) * held.inner
-            fits = _weight_bytes(product, held, width) + (held.stages + 1) * numbers * 2 <= shared_bytes
-            crowded = product in ("project", "gate") and numbers * 4 > _SQUARES_BYTES * held.warps * 32
-            if fits and held.inner >= 16 and not (crowded and width > 2 * parts * held.inner):
-                return held
+            inner = min(inner, max(16, power_of_two(width // parts)))
+            numbers = parts * max(8, power_of_two(rows)) * inner
+            crowded = product in ("project", "gate") and numbers * 4 > _SQUARES_BYTES * tile.warps * 32
+            if inner < 16 or (crowded and width > 2 * parts * inner):
+                continue
+            held = replace(tile, columns=columns, parts=parts, inner=inner)
+            room = (shared_bytes - _weight_bytes(product, held, width)) // (2 * numbers)
+            if room > 1:
+                return replace(held, stages=min(tile.stages, room - 1))
         columns, parts = columns // 2, 2 * parts
     return Tile("streamed", 16, 128, 2, 4, early=tile.early)
 
