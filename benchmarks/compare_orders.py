@@ -36,6 +36,7 @@ from vgen.data.extract import cache_codes
 from vgen.errors import UserError, reported
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
+from vgen.evaluation.statistics import SetStatistics, load_statistics, save_statistics
 from vgen.runtime import pick_device, versions
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Engine
@@ -132,7 +133,7 @@ class Comparison:
 
     def codes(self) -> None:
         """Encode the data once for all orders, and collect the feature statistics scores are taken against."""
-        folder, reference, device = self.out / "codes", self.out / "reference.pt", pick_device()
+        folder, reference, device = self.out / "codes", self.out / "reference.npz", pick_device()
         if (folder / "done").is_file() and reference.is_file():
             return
         source, tokenizer = open_data(self.arguments.data), load_tokenizer(self.tokenizer_release).to(device)
@@ -141,7 +142,7 @@ class Comparison:
         extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
         train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
         self.add("floor", {"fd_held_out": frechet_distance(test, train)})
-        torch.save(vars(train), reference)
+        save_statistics(reference, SetStatistics(train))
 
     def options_of(self, order: Order) -> dict[str, Any]:
         """Options of a training's schedule; parts of the training become steps."""
@@ -239,7 +240,7 @@ class Comparison:
         for the next plan, those with fast plans get more of them.
         """
         plans = [label for label, _, _ in self.plans()]
-        reference = Gaussian(**torch.load(self.out / "reference.pt", weights_only=True))
+        reference = load_statistics(self.out / "reference.npz").pool
         extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=pick_device())
         mine: set[str] = set()
         others: set[str] = set()

@@ -86,7 +86,7 @@ class Comparison:
         self.arguments = arguments
         self.out = Path(arguments.out).absolute()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.reference = Path(arguments.reference).absolute() if arguments.reference else self.out / "reference.pt"
+        self.reference = Path(arguments.reference).absolute() if arguments.reference else self.out / "reference.npz"
         self.seconds = SECONDS | arguments.seconds
         self.failed: set[str] = set()
         self._stop = 0
@@ -397,7 +397,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--await-tokenizer", action="store_true", help="begin before that release is there, wait for it"
     )
     parser.add_argument("--raster", help="release of a raster generator on its tokens, for comparison")
-    parser.add_argument("--reference", help="statistics of the training pictures; OUT/reference.pt, made where missing")
+    parser.add_argument(
+        "--reference", help="statistics of the training pictures; OUT/reference.npz, made where missing"
+    )
     parser.add_argument("--titok", choices=("stage2", "single", "better"), default="better", help="tokens generated")
     parser.add_argument("--seconds", type=_budget, nargs="+", default=[], metavar="TRAINING=SECONDS", help=f"{SECONDS}")
     parser.add_argument("--trainings", choices=SECONDS, nargs="+", help="these and what they need, instead of all")

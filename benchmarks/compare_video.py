@@ -42,6 +42,7 @@ from vgen.data.moving_digits import FPS, MovingDigits
 from vgen.errors import UserError, reported
 from vgen.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
 from vgen.evaluation.pixel_metrics import psnr
+from vgen.evaluation.statistics import SetStatistics, load_statistics, save_statistics
 from vgen.media import contact_sheet, save_gif, save_mp4, tiled
 from vgen.pixels import frames_of, from_uint8, to_uint8
 from vgen.runtime import pick_device, versions
@@ -174,7 +175,7 @@ class Comparison:
 
     def reference(self) -> None:
         """Figures of real clips and of the tokenizer's reconstructions; the statistics that samples are scored by."""
-        path = self.out / "reference.pt"
+        path = self.out / "reference.npz"
         done = {row["what"] for row in self.rows("reference")}
         train, held_out = self.source.train, self.source.val
         assert isinstance(train, MovingDigits)
@@ -183,7 +184,7 @@ class Comparison:
         real = other_clips(train, count, first_key=REAL_KEYS)
         if not path.is_file():
             _, fit = self.measure(all_clips(real), real.labels, None)
-            torch.save(vars(fit), path)
+            save_statistics(path, SetStatistics(fit))
         fit = self._reference()
         for what, clips in (
             ("real clips (the reference)", real),
@@ -197,7 +198,7 @@ class Comparison:
             self._score_reconstructions(other_clips(held_out, count, first_key=HELD_OUT_KEYS), fit)
 
     def _reference(self) -> Gaussian:
-        return Gaussian(**torch.load(self.out / "reference.pt", weights_only=True))
+        return load_statistics(self.out / "reference.npz").pool
 
     def _score_reconstructions(self, dataset: MovingDigits, reference: Gaussian) -> None:
         tokenizer = load_tokenizer(self.tokenizer_release).to(self.device)

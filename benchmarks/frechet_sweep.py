@@ -1,8 +1,8 @@
 """Frechet distance and class accuracy of a generator against the guidance scale, in one process.
 
-    python -m benchmarks.frechet_sweep reference DATA FEATURES OUT.pt
-    python -m benchmarks.frechet_sweep tokenizer RELEASE DATA FEATURES OUT.pt
-    python -m benchmarks.frechet_sweep generator RELEASE FEATURES OUT.pt --scales 1,1.5,2 --samples 10000 --final 50000
+    python -m benchmarks.frechet_sweep reference DATA FEATURES OUT.npz
+    python -m benchmarks.frechet_sweep tokenizer RELEASE DATA FEATURES OUT.npz
+    python -m benchmarks.frechet_sweep generator RELEASE FEATURES OUT.npz --scales 1,1.5,2 --samples 10000 --final 50000
 
 ``reference`` stores the statistics of the training pictures of a Hugging-Face-layout folder; the two others compare
 with them. ``generator`` samples every scale, then the best one again with ``--final`` samples, and draws grids.
@@ -23,6 +23,7 @@ from vgen.data.source import DataSource
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.evaluation.pixel_metrics import psnr
+from vgen.evaluation.statistics import SetStatistics, load_statistics, save_statistics
 from vgen.pixels import from_uint8, save_grid, to_uint8
 from vgen.runtime import pick_cache_dtype, pick_device
 from vgen.sampling.pipeline import make_labels, sample_stream
@@ -65,36 +66,33 @@ def open_data(path: str) -> DataSource:
 
 
 def reference(arguments: argparse.Namespace, extractor: Extractor) -> None:
-    """Store the statistics of both splits and print their distance, the floor of every score."""
+    """Store the statistics of the training pictures and print the distance of the test pictures, the floor."""
     source = open_data(arguments.data)
     train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
     print(json.dumps({"fd_test_vs_train": frechet_distance(test, train)}))
-    torch.save({"train": vars(train), "test": vars(test)}, arguments.out)
-
-
-def load_reference(path: str) -> dict[str, Gaussian]:
-    """What ``reference`` stored."""
-    return {name: Gaussian(**values) for name, values in torch.load(path, weights_only=True).items()}
+    save_statistics(Path(arguments.out), SetStatistics(train))
 
 
 def tokenizer(arguments: argparse.Namespace, extractor: Extractor) -> None:
     """Score the reconstructions of the test pictures."""
-    known, test = load_reference(arguments.out), open_data(arguments.data).val
+    train, test = load_statistics(Path(arguments.out)).pool, open_data(arguments.data).val
     network = load_tokenizer(arguments.release).to(extractor.device)
-    collected, quality, used = FeatureStatistics(extractor.dim, extractor.device), [], []
+    real, collected = (FeatureStatistics(extractor.dim, extractor.device) for _ in range(2))
+    quality, used = [], []
     for batch in pictures(test):
         batch = batch.to(extractor.device)
         with torch.inference_mode():
             ids = network.encode(from_uint8(batch))
             rebuilt = to_uint8(network.decode(ids))
+        real.update(extractor(batch)[0])
         collected.update(extractor(rebuilt)[0])
         quality.append(psnr(rebuilt, batch))
         used.append(ids.flatten())
     rebuilt_statistics = collected.gaussian()
     counts = torch.bincount(torch.cat(used), minlength=network.codebook_size).double()
     report = {
-        "rfd_vs_test": frechet_distance(rebuilt_statistics, known["test"]),
-        "rfd_vs_train": frechet_distance(rebuilt_statistics, known["train"]),
+        "rfd_vs_test": frechet_distance(rebuilt_statistics, real.gaussian()),
+        "rfd_vs_train": frechet_distance(rebuilt_statistics, train),
         "psnr": torch.cat(quality).mean().item(),
         "codebook_usage": (counts > 0).double().mean().item(),
         "perplexity": torch.special.entr(counts / counts.sum()).sum().exp().item(),
@@ -105,7 +103,7 @@ def tokenizer(arguments: argparse.Namespace, extractor: Extractor) -> None:
 
 def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
     """Score samples at every guidance scale."""
-    known = load_reference(arguments.out)
+    known = load_statistics(Path(arguments.out)).pool
     dtype = torch.bfloat16 if extractor.device.type == "cuda" else torch.float32
     pipeline = load_pipeline(
         arguments.release,
@@ -122,7 +120,7 @@ def generator(arguments: argparse.Namespace, extractor: Extractor) -> None:
     print(json.dumps({"final": score(pipeline, extractor, known, best, arguments.final, arguments)}))
 
 
-def score(pipeline, extractor: Extractor, known: dict[str, Gaussian], scale: float, count: int, arguments) -> dict:
+def score(pipeline, extractor: Extractor, known: Gaussian, scale: float, count: int, arguments) -> dict:
     """Distance to the training pictures, accuracy and speed, features included, of samples at one guidance scale."""
     guidance = Guidance(scale=scale, schedule=arguments.schedule, power=arguments.power)
     labels = make_labels("balanced", count, pipeline.num_classes, seed=0)
@@ -139,7 +137,7 @@ def score(pipeline, extractor: Extractor, known: dict[str, Gaussian], scale: flo
     seconds = time.perf_counter() - start
     index, columns = grid_order(shown[0].labels, pipeline.num_classes, 100)
     save_grid(shown[0].images[index], Path(arguments.pictures) / f"samples_{scale}.png", columns=columns, scale=2)
-    fd = frechet_distance(collected.gaussian(), known["train"])
+    fd = frechet_distance(collected.gaussian(), known)
     return {"scale": scale, "n": count, "fd": fd, "accuracy": hits / count, "images_per_s": count / seconds}
 
 

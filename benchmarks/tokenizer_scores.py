@@ -21,6 +21,7 @@ from vgen.data.extract import cache_codes
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.evaluation.pixel_metrics import psnr
+from vgen.evaluation.statistics import SetStatistics, load_statistics, save_statistics
 from vgen.pixels import from_uint8, save_grid, to_uint8
 from vgen.runtime import pick_device
 from vgen.sampling.pipeline import Pipeline, make_labels, sample_stream
@@ -107,7 +108,7 @@ class Bench:
 
     def reference(self) -> Gaussian:
         """Statistics of the training pictures."""
-        return Gaussian(**torch.load(self._reference, weights_only=True))
+        return load_statistics(self._reference).pool
 
     @contextmanager
     def half(self) -> Iterator[None]:
@@ -120,9 +121,7 @@ class Bench:
         source, extractor = open_data(self.arguments.data), self.extractor()
         train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
         add(self.out, "floor", {"fd_held_out": frechet_distance(test, train)})
-        partial = self._reference.with_suffix(".partial")
-        torch.save(vars(train), partial)
-        partial.replace(self._reference)
+        save_statistics(self._reference, SetStatistics(train))
 
     def cache(self, kind: str, release: Path) -> None:
         """Encode the data once for all generators of a tokenizer."""
