@@ -271,7 +271,8 @@ def lines_for(case: Case, sweep: bool, ranked: dict[Product, list[Tile | None]])
 
 
 def _tile_name(tile: Tile) -> str:
-    marks = (f" in {tile.parts}" if tile.parts > 1 else "") + ("" if tile.early else " late")
+    marks = (f" in {tile.parts}" if tile.parts > 1 else "") + (f" by {tile.splits}" if tile.splits > 1 else "")
+    marks += "" if tile.early else " late"
     return f"{tile.kind}{marks} {tile.columns} x {tile.inner}, {tile.warps} warps, {tile.stages} stages"
 
 

@@ -41,6 +41,9 @@ def candidates(product: Product, rows: int) -> list[Tile]:
         tiles += [Tile("held", 64, 128, 4, few), Tile("held", 64, 128, 8, few, parts=2)]
         if rows > 8:
             tiles += [Tile("held", 64, inner, 4, stages) for inner, stages in ((128, 4), (128, 8), (64, 4), (64, 8))]
+    if product == "w2" and rows > 8:
+        cuts = [(32, 128, 2, 4), (32, 64, 2, 4), (16, 128, 4, 2), (64, 128, 1, 8), (32, 128, 2, 2)]
+        tiles += [Tile("held", c, inner, 4, 2, parts=parts, splits=splits) for c, inner, parts, splits in cuts]
     tiles += [Tile("streamed", 16, 128, 2, 4), Tile("streamed", 16, 128, 2, 5, early=False)]
     if product != "gate":
         return tiles

@@ -4,6 +4,7 @@ Half precision is float16 here: the interpreter has no bfloat16 products.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +90,42 @@ def test_products_of_few_rows(rows, dtype, width, outer):
         for mine, theirs, best in zip(got, plain(low_norm, *low), plain(exact_norm, *exact), strict=True):
             assert mine.dtype == dtype
             assert_as_good(mine, theirs, best)
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "tile"),
+    [
+        (3, 96, Tile("held", 16, 16, 4, 2, parts=2, splits=2)),
+        (20, 128, Tile("held", 8, 16, 4, 2, splits=4)),
+        (20, 80, Tile("held", 4, 16, 4, 2, parts=2, splits=2)),  # 20 numbers per part: two steps, one not full
+        (9, 128, Tile("streamed", 16, 16, 2, 3, splits=4)),
+    ],
+)
+def test_programs_that_share_the_inner_axis(rows, width, tile):
+    x, weight, residual = (torch.randn(*shape).half() for shape in [(1, rows, width), (12, width), (1, rows, 12)])
+    got = fused.add_rows(x, weight, residual, tile)
+    plain = residual + F.linear(x, weight)
+    assert_as_good(got, plain, residual.float() + F.linear(x.float(), weight.float()))
+    assert torch.equal(got, fused.add_rows(x, weight, residual, tile))
+
+
+def test_a_block_whose_products_share_the_inner_axis_is_right_again_and_again(monkeypatch):
+    block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
+    x, seen = (torch.randn(3, 1, 32).half() for _ in range(2))
+    given = (x, seen, block.ffn_norm, block.attention, block.feed_forward)
+    expected = fused.behind(*given)
+    # What the counters hold at first must not matter.
+    monkeypatch.setattr(fused, "_arrivals", lambda *given, make=fused._arrivals: make(*given).fill_(7))
+    shared = Tile("held", 8, 16, 4, 2, splits=2)
+    try:
+        use_tiles({product: ((64, replace(shared, splits=2 if product == "w2" else 1)),) for product in MEASURED})
+        assert best_tile("w2", 3, block.feed_forward.w2.in_features).splits == 2
+        for _ in range(2):
+            torch.testing.assert_close(fused.behind(*given), expected, rtol=1e-2, atol=1e-2)
+    finally:
+        use_tiles(None)
+    with pytest.raises(ValueError, match="splits=1"):
+        Tile("by_row", 4, 512, 2, splits=2)
 
 
 def attention_case(dtype, *, batch, fed, heads, kv_heads, head_dim, rope, rows):

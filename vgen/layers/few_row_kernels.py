@@ -136,6 +136,7 @@ def _ask(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """Tiles of a weight as the product of a kind wants them; nothing of a streamed one."""
@@ -144,7 +145,7 @@ def _ask(
     elif KIND == STREAMED:
         return (first,)
     else:
-        return ask_for_tiles(weight, scale, first, N, K, SCALED, LINES, COLUMNS, INNER, PARTS)
+        return ask_for_tiles(weight, scale, first, N, K, SCALED, LINES, COLUMNS, INNER, PARTS, SPLITS)
 
 
 @triton.jit
@@ -165,6 +166,7 @@ def _product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     KIND: tl.constexpr,
     FLYING: tl.constexpr,
 ):
@@ -177,10 +179,10 @@ def _product(
         return _by_row(x, scale, weights, rows, eps, K, NORM, SCALED, ROWS, INNER)
     elif KIND == STREAMED:
         return stream_product(
-            x, scale, weight, first, rows, eps, N, K, NORM, SCALED, LINES, ROWS, COLUMNS, INNER, PARTS
+            x, scale, weight, first, rows, eps, N, K, NORM, SCALED, LINES, ROWS, COLUMNS, INNER, PARTS, SPLITS
         )
     else:
-        return multiply_tiles(x, weights, rows, eps, K, NORM, LINES, ROWS, INNER, PARTS, FLYING)
+        return multiply_tiles(x, weights, rows, eps, K, NORM, LINES, ROWS, INNER, PARTS, SPLITS, FLYING)
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
@@ -218,7 +220,7 @@ def project_rows(
     """Norm, query-key-value projection, rotary code and cache write of few rows."""
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = _ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weights = _ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
     wait(EARLY)
     rotation = ask_for_rotation(
         rope, cache_rows, 0, first, rows, fed, rope_batch, rows_batch, HEADS, KV_HEADS, HEAD_DIM, ROPE, ROWS, COLUMNS
@@ -240,6 +242,7 @@ def project_rows(
         COLUMNS,
         INNER,
         PARTS,
+        1,
         KIND,
         FLYING,
     )
@@ -264,12 +267,27 @@ def project_rows(
     )
 
 
+@triton.jit
+def _last_sum(sums, shares, arrivals, place, here, rows, N: tl.constexpr, SPLITS: tl.constexpr):
+    """Sum over all programs that share columns, right in the last to arrive, and whether this one is that."""
+    tl.store(shares + tl.program_id(1) * rows * N + place, sums, mask=here)
+    tl.debug_barrier()
+    last = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+    if last:
+        sums = tl.load(shares + place, mask=here, other=0.0, cache_modifier=".cg")
+        for split in tl.static_range(1, SPLITS):
+            sums += tl.load(shares + split * rows * N + place, mask=here, other=0.0, cache_modifier=".cg")
+    return sums, last
+
+
 @triton.jit(do_not_specialize=["rows"])
 def add_rows(
     x,
     weight,
     residual,
     out,
+    shares,
+    arrivals,
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -279,19 +297,26 @@ def add_rows(
     INNER: tl.constexpr,
     KIND: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     FLYING: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Product of few rows, x W^T, or residual + x W^T with ``ADD``."""
+    """Product of few rows, x W^T, or residual + x W^T with ``ADD``.
+
+    With SPLITS > 1 each of so many programs has a stretch of the inner axis, which leaves it less of x to fetch: it
+    writes its share, float32 [SPLITS, rows, N], and the last of them to arrive adds all up, in their order.
+    """
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = _ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weight += tl.program_id(1) * (K // SPLITS)
+    weights = _ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, SPLITS, KIND)
     wait(EARLY)
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
-    here = (row < rows) & (column < N)
+    place, here = row * N + column, (row < rows) & (column < N)
     if ADD:
-        base = tl.load(residual + row * N + column, mask=here, other=0.0).to(tl.float32)
+        base = tl.load(residual + place, mask=here, other=0.0).to(tl.float32)
+    x += tl.program_id(1) * (K // SPLITS)
     sums = _product(
         x,
         x,
@@ -309,14 +334,18 @@ def add_rows(
         COLUMNS,
         INNER,
         PARTS,
+        SPLITS,
         KIND,
         FLYING,
     )
+    if SPLITS > 1:
+        sums, last = _last_sum(sums, shares, arrivals, place, here, rows, N, SPLITS)
+        here = here & last
     dtype = out.dtype.element_ty
     sums = sums.to(dtype)
     if ADD:
         sums = (base + sums.to(tl.float32)).to(dtype)
-    tl.store(out + row * N + column, sums, mask=here)
+    tl.store(out + place, sums, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -325,6 +354,7 @@ def gate_rows(
     scale,
     weight,
     out,
+    arrivals,
     rows,
     eps,
     N: tl.constexpr,
@@ -336,13 +366,20 @@ def gate_rows(
     KIND: tl.constexpr,
     PARTS: tl.constexpr,
     FLYING: tl.constexpr,
+    CLEARED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T), W and V one above the other."""
+    """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T), W and V one above the other.
+
+    The first program sets the first CLEARED ``arrivals`` of the product behind to 0.
+    """
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = _ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, KIND)
+    weights = _ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
     wait(EARLY)
+    if CLEARED > 0 and tl.program_id(0) == 0:
+        number = tl.arange(0, CLEARED)
+        tl.store(arrivals + number, number * 0)
     both = _product(
         x,
         scale,
@@ -360,6 +397,7 @@ def gate_rows(
         COLUMNS,
         INNER,
         PARTS,
+        1,
         KIND,
         FLYING,
     )

@@ -127,13 +127,14 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
         x = add_rows(seen, attention.wo.weight, x, out)
     elif gate:
         x = add_product(x, seen, attention.wo.weight)
+    arrivals = _arrivals(feed_forward.w2.weight, down) if gate and down and down.splits > 1 else None
     if gate:
-        hidden = gate_rows(x, norm, feed_forward.merged(), gate)
+        hidden = gate_rows(x, norm, feed_forward.merged(), gate, clears=arrivals)
     else:
         x, normal = norm_many(x, norm, None if out else F.linear(seen, attention.wo.weight))
         hidden = gate_many(F.linear(normal, feed_forward.merged()))
     if down:
-        return add_rows(hidden, feed_forward.w2.weight, x, down)
+        return add_rows(hidden, feed_forward.w2.weight, x, down, arrivals=arrivals)
     # The sum behind the attention is nobody else's.
     x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
     return x
@@ -216,6 +217,7 @@ def project_rows(
         cache_rows: int64 [F] or [B, F].
         tile: how the product is cut.
     """
+    assert tile.splits == 1, "only add_rows shares an inner axis among programs"
     rows = x.shape[0] * x.shape[1]
     _launch(
         _kernels()[0].project_rows,
@@ -229,7 +231,13 @@ def project_rows(
 
 
 def add_rows(
-    x: Tensor, weight: Tensor, residual: Tensor | None, tile: Tile, *, dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    tile: Tile,
+    *,
+    dtype: torch.dtype | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """Sum residual + x W^T of few rows, [B, F, N].
 
@@ -239,22 +247,42 @@ def add_rows(
         residual: [B, F, N]; None = the product alone.
         tile: how the product is cut.
         dtype: of the result; None = that of x.
+        arrivals: where programs that share columns count, cleared by :func:`gate_rows`; None = cleared here if needed.
     """
     out = torch.empty(*x.shape[:2], len(weight), dtype=dtype or x.dtype, device=x.device)
     rows = x.shape[0] * x.shape[1]
+    shares = out
+    if tile.splits > 1:
+        shares = torch.empty(tile.splits, rows, len(weight), dtype=torch.float32, device=x.device)
+        arrivals = _arrivals(weight, tile).zero_() if arrivals is None else arrivals
     _launch(
         _kernels()[0].add_rows,
-        (_ceil(len(weight), tile.columns),),
+        (_ceil(len(weight), tile.columns), tile.splits),
         x,
-        (x.contiguous(), weight, x if residual is None else residual.contiguous(), out, rows),
+        (
+            x.contiguous(),
+            weight,
+            x if residual is None else residual.contiguous(),
+            out,
+            shares,
+            out if arrivals is None else arrivals,
+            rows,
+        ),
         tile,
         ADD=residual is not None,
+        SPLITS=tile.splits,
         **kernel_constants(weight, tile, rows),
     )
     return out
 
 
-def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile) -> Tensor:
+def _arrivals(weight: Tensor, tile: Tile) -> Tensor:
+    """A counter, not cleared, for every program along the columns of a product."""
+    count = power_of_two(_ceil(len(weight), tile.columns))
+    return torch.empty(count, dtype=torch.int32, device=weight.device)
+
+
+def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile, *, clears: Tensor | None = None) -> Tensor:
     """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
@@ -262,15 +290,18 @@ def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile) -> Tensor:
         norm: in front of the products.
         weights: W above V, [2 * hidden, dim].
         tile: how the product is cut.
+        clears: int32 [a power of two], set to 0 for the kernel behind.
     """
+    assert tile.splits == 1, "only add_rows shares an inner axis among programs"
     rows, hidden = x.shape[0] * x.shape[1], len(weights) // 2
     out = x.new_empty(*x.shape[:2], hidden)
     _launch(
         _kernels()[0].gate_rows,
         (_ceil(hidden, tile.columns),),
         x,
-        (x.contiguous(), _scale(norm, x), weights, out, rows, norm.eps),
+        (x.contiguous(), _scale(norm, x), weights, out, out if clears is None else clears, rows, norm.eps),
         tile,
+        CLEARED=0 if clears is None else len(clears),
         **kernel_constants(weights[:hidden], tile, rows, norm=norm),
     )
     return out

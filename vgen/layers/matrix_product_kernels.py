@@ -4,7 +4,8 @@
 
 A sum over a long row is a chain of dependent steps for the matrix units, and a few columns of a weight do not fill
 them. Rows are therefore cut into PARTS: parts of the weight's rows are stacked to the height that the units want, those
-of x side by side, and of the product only the blocks count where a part met itself; their sum is the product.
+of x side by side, and of the product only the blocks count where a part met itself; their sum is the product. With
+SPLITS a program has one of so many stretches of every row; its pointers then point to where that begins.
 """
 
 import triton
@@ -18,11 +19,12 @@ def weight_line(first, line, N: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _place(lines, part, start, K: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
+def _place(lines, part, start, K: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr):
     """Where INNER numbers from ``start`` of a part of every line lie in [.., K]: [lines, INNER], and which exist."""
+    LENGTH: tl.constexpr = K // (PARTS * SPLITS)
     inner = start + tl.arange(0, INNER)
-    place = lines[:, None] * K + (part * (K // PARTS))[:, None] + inner[None, :]
-    return place, (inner < K // PARTS)[None, :]
+    place = lines[:, None] * K + (part * LENGTH)[:, None] + inner[None, :]
+    return place, (inner < LENGTH)[None, :]
 
 
 @triton.jit
@@ -36,24 +38,34 @@ def _weight_tile(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """A tile of a weight [N, K], or [2 N, K], [PARTS LINES, INNER]."""
     stacked = tl.arange(0, PARTS * LINES)
     line, there = weight_line(first, stacked % LINES, N, COLUMNS)
-    place, within = _place(line, stacked // LINES, start, K, INNER, PARTS)
+    place, within = _place(line, stacked // LINES, start, K, INNER, PARTS, SPLITS)
     if N % COLUMNS != 0:
         return tl.load(weight + place, mask=there[:, None] & within, other=0.0)
-    elif (K // PARTS) % INNER != 0:
+    elif (K // (PARTS * SPLITS)) % INNER != 0:
         return tl.load(weight + place, mask=within, other=0.0)
     else:
         return tl.load(weight + place)
 
 
 @triton.jit
-def _row_tile(x, start, rows, K: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
+def _row_tile(
+    x,
+    start,
+    rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
     """A tile of x [rows, K], [INNER, PARTS ROWS]."""
     line = tl.arange(0, PARTS * ROWS)
-    place, within = _place(line % ROWS, line // ROWS, start, K, INNER, PARTS)
+    place, within = _place(line % ROWS, line // ROWS, start, K, INNER, PARTS, SPLITS)
     return tl.load(x + tl.trans(place), mask=tl.trans((line % ROWS < rows)[:, None] & within), other=0.0)
 
 
@@ -67,7 +79,7 @@ def _keep_here(value):
 def _scaled(tile, scale, start, K: tl.constexpr, LINES: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
     """A tile of a weight times the learned scale of the norm in front of it, which x then does without."""
     stacked = tl.arange(0, PARTS * LINES)
-    place, within = _place(stacked * 0, stacked // LINES, start, K, INNER, PARTS)
+    place, within = _place(stacked * 0, stacked // LINES, start, K, INNER, PARTS, 1)
     factor = tl.load(scale + place, mask=within, other=0.0)
     tile = (tile.to(tl.float32) * factor.to(tl.float32)).to(tile.dtype)
     if tile.dtype == tl.bfloat16:
@@ -106,14 +118,16 @@ def ask_for_tiles(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """All tiles of LINES rows of a weight, all loads in flight at once."""
+    CHUNKS: tl.constexpr = (K // (PARTS * SPLITS) + INNER - 1) // INNER
     tiles = ()
-    for chunk in tl.static_range((K // PARTS + INNER - 1) // INNER):
-        tiles = tiles + (_weight_tile(weight, first, chunk * INNER, N, K, LINES, COLUMNS, INNER, PARTS),)
+    for chunk in tl.static_range(CHUNKS):
+        tiles = tiles + (_weight_tile(weight, first, chunk * INNER, N, K, LINES, COLUMNS, INNER, PARTS, SPLITS),)
     if SCALED:
         scaled = ()
-        for chunk in tl.static_range((K // PARTS + INNER - 1) // INNER):
+        for chunk in tl.static_range(CHUNKS):
             scaled = scaled + (_scaled(tiles[chunk], scale, chunk * INNER, K, LINES, INNER, PARTS),)
         tiles = scaled
     return tiles
@@ -131,18 +145,19 @@ def multiply_tiles(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
     FLYING: tl.constexpr,
 ):
     """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with tiles of a weight."""
-    CHUNKS: tl.constexpr = (K // PARTS + INNER - 1) // INNER
+    CHUNKS: tl.constexpr = (K // (PARTS * SPLITS) + INNER - 1) // INNER
     out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
     squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
     values = ()
     for chunk in tl.static_range(min(FLYING, CHUNKS)):
-        values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS),)
+        values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
     for chunk in tl.static_range(CHUNKS):
         if chunk + FLYING < CHUNKS:
-            values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS),)
+            values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
         out = tl.dot(weights[chunk], values[chunk], out, input_precision="ieee")
         # Triton (3.6 to 3.8) lets one half of eight warps store the next tile over the one that the other half still
         # multiplies with.
@@ -169,13 +184,14 @@ def stream_product(
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
     """The same with tiles of a weight [N, K], or [2 N, K], that come in a loop, which the compiler pipelines."""
     out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
     squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
-    for start in range(0, K // PARTS, INNER):
-        value = _row_tile(x, start, rows, K, ROWS, INNER, PARTS)
-        tile = _weight_tile(weight, first, start, N, K, LINES, COLUMNS, INNER, PARTS)
+    for start in range(0, K // (PARTS * SPLITS), INNER):
+        value = _row_tile(x, start, rows, K, ROWS, INNER, PARTS, SPLITS)
+        tile = _weight_tile(weight, first, start, N, K, LINES, COLUMNS, INNER, PARTS, SPLITS)
         if NORM:
             squares += value.to(tl.float32) * value.to(tl.float32)
         if SCALED:

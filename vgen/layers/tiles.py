@@ -28,6 +28,7 @@ class Tile:
         stages: tiles in flight, of the weight if streamed, of x if held.
         parts: into which a row is cut, side by side in one matrix product; 64 rows of weights in all
             parts fit Hopper's units.
+        splits: programs that share the inner axis of w2, by matrix products; the last to arrive adds up what all have.
         early: launched before the kernel in front has ended (programmatic dependent launch).
     """
 
@@ -37,7 +38,12 @@ class Tile:
     warps: int
     stages: int = 1
     parts: int = 1
+    splits: int = 1
     early: bool = True
+
+    def __post_init__(self) -> None:
+        if self.splits > 1 and self.kind == "by_row":
+            raise ValueError("products by rows are not shared among programs; choose splits=1")
 
 
 Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
@@ -130,6 +136,9 @@ def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 23244
     tile = next((tile for most, tile in tiles_for(product, width) if rows <= most), None)
     if tile is None:
         return None
+    while width % tile.splits:
+        tile = replace(tile, splits=tile.splits // 2)
+    width //= tile.splits
     while width % tile.parts:
         tile = replace(tile, parts=tile.parts // 2)
     if tile.kind == "by_row":
