@@ -29,8 +29,8 @@ import yaml
 
 from benchmarks import order_tables as tables
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
 from benchmarks.sweep_queue import Measurement, claim, next_measurement
-from benchmarks.trainings import Command, run_side_by_side, stoppable, training_command
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
 from vgen.errors import UserError, reported

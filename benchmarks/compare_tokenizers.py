@@ -15,25 +15,18 @@ appended to OUT/*.jsonl as soon as they are known; ``--only table`` makes the ta
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from benchmarks import tokenizer_scores as scores
 from benchmarks import tokenizer_tables as tables
+from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
 from vgen.checkpoints.release import CONFIG
 from vgen.errors import UserError, reported
 from vgen.runtime import versions
 
-ROOT = Path(__file__).parents[1]
 SECONDS = {
     "vae": 90,
     "titok_stage1": 130,
@@ -57,26 +50,6 @@ TITOK_SIZE = tuple(
     for key, value in (("width", 384), ("layers", 6), ("heads", 6))
 )
 PLAN_TOKENS = (4, 16, 64)
-GRACE_S = 60.0
-
-
-@dataclass
-class Task:
-    """A training or a measurement.
-
-    Attributes:
-        name: of the task; a training's folder.
-        needs: names of the tasks that must be finished before.
-        done: whether its result is there.
-        words: of the command line that does it; none for a result that another program makes and that is waited for.
-        alone: run it only while nothing else runs.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    done: Callable[[], bool]
-    words: list[str]
-    alone: bool = False
 
 
 class Comparison:
@@ -121,7 +94,7 @@ class Comparison:
         found = {row["tokenizer"]: row["fd"] for row in scores.rows(self.out, "reconstruction")}
         return min(("titok_stage2", "titok_single"), key=lambda name: found.get(name, float("inf")))
 
-    def tasks(self) -> list[Task]:
+    def tasks(self) -> list[Command]:
         """What was asked for, in the order in which it should start: the longest chains first."""
         everything = self._everything()
         wanted = set(self.arguments.trainings or [task.name for task in everything])
@@ -138,7 +111,7 @@ class Comparison:
         after = tuple(task.name for task in found)
         return [*found, self._measurement("speed", after, self._all_timed, alone=True)]
 
-    def _everything(self) -> list[Task]:
+    def _everything(self) -> list[Command]:
         data = f"data.path={Path(self.arguments.data).absolute()}"
         chosen = (
             ("reconstruction-titok_stage2", "reconstruction-titok_single")
@@ -147,7 +120,7 @@ class Comparison:
         )
         train, measure = self._training, self._measurement
         found = [
-            Task("vq", (), (self.release("vq") / CONFIG).is_file, []),
+            Command("vq", [], self.out / "vq.log", done=(self.release("vq") / CONFIG).is_file),
             # Without a discriminator: in its first 300 steps the L1 error rose from 0.129 to 0.172.
             train(
                 "vae", (), data, f"tokenizer.{VAE_CHANNELS}", "task.ema.decay=0.995", "task.loss.adversarial_weight=0"
@@ -202,24 +175,12 @@ class Comparison:
         """The ways of generating with one generator."""
         return [plan for plan in self.plans() if plan.training == training]
 
-    def _training(self, name: str, needs: tuple[str, ...], *words: str) -> Task:
+    def _training(self, name: str, needs: tuple[str, ...], *words: str) -> Command:
         minutes, seconds = divmod(self.seconds[name], 60)
         experiment = [] if any(word.startswith("experiment=") for word in words) else [f"experiment=cifar10_{name}"]
-        limits = [
-            f"trainer.max_time=00:00:{minutes:02d}:{seconds:02d}",
-            f"run_name={name}",
-            f"run_dir={self.out / name}",
-        ]
-        command = [
-            str(ROOT / "train.py"),
-            *experiment,
-            *SHORT,
-            "every.checkpoint=500",
-            *words,
-            *limits,
-            *self._overrides(name),
-        ]
-        return Task(name, needs, self.release(name).is_dir, command)
+        limit = f"trainer.max_time=00:00:{minutes:02d}:{seconds:02d}"
+        every = [*experiment, *SHORT, "every.checkpoint=500", *words, limit, *self._overrides(name)]
+        return replace(training_command(name, every, self.out / name), needs=needs, done=self.release(name).is_dir)
 
     def _overrides(self, training: str) -> Iterator[str]:
         """Words of ``--set`` for a training: those for all, and those with its name in front."""
@@ -237,9 +198,11 @@ class Comparison:
             *("task.ema.decay=0.998", "every.checkpoint=1000"),
         )
 
-    def _measurement(self, name: str, needs: tuple[str, ...], done: Callable[[], bool], *, alone: bool = False) -> Task:
-        words = ["-m", "benchmarks.compare_tokenizers", *self.arguments.words, "--task", name]
-        return Task(name, needs, done, words, alone)
+    def _measurement(
+        self, name: str, needs: tuple[str, ...], done: Callable[[], bool], *, alone: bool = False
+    ) -> Command:
+        words = [sys.executable, "-m", "benchmarks.compare_tokenizers", *self.arguments.words, "--task", name]
+        return Command(name, words, self.out / "logs" / f"{name}.log", needs, done, alone)
 
     def _scored(self, name: str) -> Callable[[], bool]:
         return lambda: any(row["tokenizer"] == name for row in scores.rows(self.out, "reconstruction"))
@@ -251,8 +214,6 @@ class Comparison:
     def _all_timed(self) -> bool:
         return {row["plan"] for row in scores.rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
 
-    # Doing it
-
     def run(self) -> None:
         """Run what is not done yet, several at once.
 
@@ -260,98 +221,18 @@ class Comparison:
             UserError: at the end, if a task failed; whatever does not need its result is done nevertheless.
             SystemExit: if all was stopped before the end.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-        start, running = time.monotonic(), dict[str, tuple[subprocess.Popen, int, float]]()
-        slots = list(range(len(devices()))) * self.arguments.jobs
-        while True:
-            for name, (process, _, began) in list(running.items()):
-                if process.poll() is not None:
-                    slots.append(running.pop(name)[1])
-                    self._ended(name, process.returncode, time.monotonic() - began)
-            if self.arguments.limit and time.monotonic() - start > self.arguments.limit:
-                self._stop = self._stop or signal.SIGTERM
-            if self._stop:
-                self._stop_all([process for process, _, _ in running.values()])
-                print("stopped; finished work is kept; repeat the command to go on", flush=True)
-                sys.exit(128 + self._stop)
-            ready = list(self._ready(set(running)))
-            awaited = any(not task.words for task in ready)
-            for task in ready:
-                if task.words and slots and not (task.alone and running):
-                    # The emptiest device, so that a second one is not idle while the first is crowded.
-                    slot = max(set(slots), key=slots.count)
-                    slots.remove(slot)
-                    running[task.name] = (self._start(task, slot), slot, time.monotonic())
-            if not running and not awaited:
-                break
-            time.sleep(0.2)
-        if self.failed:
-            raise UserError(f"failed: {', '.join(sorted(self.failed))}; logs are in {self.out / 'logs'}")
+        try:
+            with stoppable():
+                run_side_by_side(
+                    self.tasks, per_device=self.arguments.jobs, limit=self.arguments.limit, finished=self._finished
+                )
+        except (SystemExit, KeyboardInterrupt):
+            print("stopped; finished work is kept; repeat the command to go on", flush=True)
+            raise
 
-    def _ready(self, running: set[str]) -> Iterator[Task]:
-        """Tasks to start now, in order."""
-        tasks = {task.name: task for task in self.tasks()}
-        over = {name for name, task in tasks.items() if task.done()}
-        for task in tasks.values():
-            if task.name in over | running | self.failed:
-                continue
-            # The last task also runs after failures, with what there is.
-            waits = set(task.needs) - over - (self.failed | self._blocked(tasks) if task.alone else set())
-            if not waits:
-                yield task
-
-    def _blocked(self, tasks: dict[str, Task]) -> set[str]:
-        """Tasks that will never start, because something before them failed."""
-        blocked: set[str] = set()
-        for task in tasks.values():
-            if set(task.needs) & (self.failed | blocked) and not task.alone:
-                blocked.add(task.name)
-        return blocked
-
-    def _start(self, task: Task, slot: int) -> subprocess.Popen:
-        log = self.out / "logs" / f"{task.name}.log"
-        log.parent.mkdir(exist_ok=True)
-        device = devices()[slot]
-        # Several processes at once: torch's threads of all cores in each would stand in each other's way.
-        environment = {"OMP_NUM_THREADS": "2"} | os.environ
-        if device is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = device
-        with log.open("a") as file:
-            # A session of its own: a signal to the whole group would reach trainings twice, which ends them unsaved.
-            process = subprocess.Popen(
-                [sys.executable, *task.words],
-                env=environment,
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            )
-        print(f"{task.name}: started{'' if device is None else f' on device {device}'}", flush=True)
-        return process
-
-    def _ended(self, name: str, status: int, seconds: float) -> None:
-        done = status == 0 and next(task for task in self.tasks() if task.name == name).done()
-        print(f"{name}: {'done' if done else f'FAILED with status {status}'} in {seconds:.0f} s", flush=True)
-        if done:
-            row = {"task": name, "seconds": round(seconds, 1), "budget_s": self.seconds.get(name)}
-            scores.add(self.out, "tasks", row)
-            return
-        self.failed.add(name)
-        print("\n".join((self.out / "logs" / f"{name}.log").read_text().splitlines()[-15:]), flush=True)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self._stop = number
-
-    def _stop_all(self, processes: list[subprocess.Popen]) -> None:
-        """Tell all to save and end; whatever takes longer than a minute for it is killed."""
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        for process in processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
+    def _finished(self, task: Command, seconds: float) -> None:
+        row = {"task": task.name, "seconds": round(seconds, 1), "budget_s": self.seconds.get(task.name)}
+        scores.add(self.out, "tasks", row)
 
     def measure(self, name: str) -> None:
         """Do one measurement in this process."""
@@ -369,14 +250,6 @@ class Comparison:
             bench.sample(self.plans_of(what), self.release(what))
         else:
             bench.speed([(plan, self.release(plan.training)) for plan in self.plans()])
-
-
-def devices() -> list[str | None]:
-    """CUDA devices by the names that CUDA_VISIBLE_DEVICES takes; one entry of None on a machine without."""
-    count, stated = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not count:
-        return [None]
-    return list(stated.split(",")[:count]) if stated else [str(index) for index in range(count)]
 
 
 def _budget(text: str) -> tuple[str, int]:

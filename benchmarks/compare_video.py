@@ -33,7 +33,7 @@ from benchmarks.cost import measure_ceilings
 from benchmarks.decode import measure
 from benchmarks.motion import moves_steadily
 from benchmarks.networks import SIZES, make_generator, make_plan
-from benchmarks.trainings import Command, run_side_by_side, stoppable, training_command
+from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
 from benchmarks.video_proxy import NAME, all_clips, judged, load_proxy, open_clips, other_clips
 from benchmarks.video_table import write_table
 from vgen.checkpoints.release import load_pipeline, load_tokenizer

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.motion import centres
-from benchmarks.trainings import ROOT, stoppable
+from benchmarks.side_by_side import ROOT, stoppable
 from vgen.data.moving_digits import MovingDigits, moving_digits
 from vgen.data.source import DataSource
 from vgen.errors import UserError, reported

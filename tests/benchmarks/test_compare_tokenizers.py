@@ -15,7 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks import compare_tokenizers, tokenizer_scores, tokenizer_tables
-from benchmarks.compare_tokenizers import Comparison, Task, parse
+from benchmarks.compare_tokenizers import Comparison, parse
+from benchmarks.side_by_side import ROOT, Command
 from tests.benchmarks.test_compare_orders import write_pictures
 from tests.evaluation.helpers import CLASSES, TinyExtractor, save_generator, save_script, save_tokenizer
 from tests.paths import CONFIGS
@@ -23,7 +24,6 @@ from vgen.checkpoints.release import build, save_release
 from vgen.errors import UserError
 from vgen.training.settings import check, resolve
 
-ROOT = Path(__file__).parents[2]
 VIT = {"width": 16, "layers": 1, "heads": 2}
 TITOK = {
     "_target_": "vgen.tokenizers.titok.TiTok",
@@ -142,13 +142,11 @@ def test_the_better_titok_is_generated(arguments, tmp_path):
 
 def test_training_commands_compose(arguments):
     words = ["--seconds", "vae=100", "--set", "task.clip=0.5", "vae:task.optimizer.lr=1e-5"]
-    tasks = [
-        task for task in Comparison(parse([*arguments, *words])).tasks() if task.words and "train.py" in task.words[0]
-    ]
+    tasks = [task for task in Comparison(parse([*arguments, *words])).tasks() if "train.py" in task.words]
     assert {task.name for task in tasks} == set(compare_tokenizers.SECONDS)
     for task in tasks:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = resolve(compose("train", task.words[1:]))
+            config = resolve(compose("train", list(task.words[2:])))
         check(config)
         assert config["task"]["clip"] == 0.5
         assert (config["task"]["optimizer"]["lr"] == 1e-5) == (task.name == "vae")
@@ -179,34 +177,13 @@ def test_some_trainings_with_what_they_need_and_what_measures_them(arguments):
     assert {*compare_tokenizers.SECONDS, "vq", "reconstruction-vq", *flextok} < everything
 
 
-def _python(name: str, code: str, folder: Path, *needs: str, alone: bool = False) -> Task:
-    """A task that leaves a file behind."""
-    file = folder / name
-    ending = f"\nfrom pathlib import Path\nPath({str(file)!r}).touch()"
-    return Task(name, needs, file.is_file, ["-c", code + ending], alone)
-
-
-def test_tasks_run_in_order_and_a_failure_stops_only_what_needs_it(arguments, tmp_path, monkeypatch, capsys):
-    comparison = Comparison(parse([*arguments, "--jobs", "2"]))
-    tasks = [
-        _python("bad", "raise SystemExit('broken')", tmp_path),
-        _python("after-bad", "", tmp_path, "bad"),
-        _python("one", "", tmp_path),
-        _python("two", f"assert __import__('os').path.exists({str(tmp_path / 'one')!r})", tmp_path, "one"),
-        _python("last", "", tmp_path, "bad", "after-bad", "one", "two", alone=True),
-    ]
-    monkeypatch.setattr(comparison, "tasks", lambda: tasks)
-    with pytest.raises(UserError, match="failed: bad;"):
-        comparison.run()
-    assert [task.name for task in tasks if task.done()] == ["one", "two", "last"]
-    assert "broken" in capsys.readouterr().out
-
-
 def test_a_tokenizer_that_another_program_makes_is_waited_for(arguments, tmp_path, monkeypatch):
     comparison = Comparison(parse(arguments))
+    code = f"from pathlib import Path; assert Path({str(tmp_path / 'released')!r}).exists(); "
+    code += f"Path({str(tmp_path / 'user')!r}).touch()"
     tasks = [
-        Task("vq", (), (tmp_path / "released").is_file, []),
-        _python("user", f"assert __import__('os').path.exists({str(tmp_path / 'released')!r})", tmp_path, "vq"),
+        Command("vq", [], tmp_path / "log", done=(tmp_path / "released").is_file),
+        Command("user", [sys.executable, "-c", code], tmp_path / "log", ("vq",), (tmp_path / "user").is_file),
     ]
     monkeypatch.setattr(comparison, "tasks", lambda: tasks)
     code = f"import time; time.sleep(1.5); open({str(tmp_path / 'released')!r}, 'w').close()"
@@ -214,6 +191,7 @@ def test_a_tokenizer_that_another_program_makes_is_waited_for(arguments, tmp_pat
     comparison.run()
     assert other.wait(10) == 0
     assert (tmp_path / "user").is_file()
+    assert [row["task"] for row in tokenizer_scores.rows(comparison.out, "tasks")] == ["user"]
     words = list(arguments)
     words[words.index("--tokenizer") + 1] = str(tmp_path / "later")
     with pytest.raises(SystemExit):
@@ -235,8 +213,9 @@ def test_a_stop_reaches_every_process_once_and_the_command_goes_on(arguments, tm
     saved = tmp_path / "saved"
     driver = (
         "import sys\nfrom benchmarks import compare_tokenizers as c\n"
-        f"task = c.Task('t', (), __import__('pathlib').Path({str(saved)!r} + '.done').is_file, "
-        f"[{str(script)!r}, {str(saved)!r}])\n"
+        "from pathlib import Path\n"
+        f"task = c.Command('t', [sys.executable, {str(script)!r}, {str(saved)!r}], Path({str(tmp_path / 'log')!r}), "
+        f"done=Path({str(saved)!r} + '.done').is_file)\n"
         "c.Comparison.tasks = lambda self: [task]\nc.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", driver, *arguments]

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from benchmarks import compare_video, video_proxy
-from benchmarks.trainings import ROOT
+from benchmarks.side_by_side import ROOT
 
 DATA = ["image_size=16", "num_frames=5", "digit_size=8", "train_clips=40", "val_clips=20", "min_speed=1", "max_speed=2"]
 WORDS = [

@@ -9,12 +9,13 @@ import time
 import pytest
 import torch
 
-from benchmarks.trainings import ROOT, Command, only_device, run_side_by_side
+from benchmarks import side_by_side
+from benchmarks.side_by_side import ROOT, Command, only_device, run_side_by_side
 from vgen.errors import UserError
 
 
-def python(name, code, folder):
-    return Command(name, [sys.executable, "-c", code], folder / f"{name}.log")
+def python(name, code, folder, *needs, alone=False, done=None):
+    return Command(name, [sys.executable, "-c", code], folder / f"{name}.log", needs, done, alone)
 
 
 def test_devices_are_those_that_are_visible(monkeypatch):
@@ -34,6 +35,47 @@ def test_a_failure_is_told_and_leaves_the_others_running(tmp_path):
     with pytest.raises(UserError, match="bad failed with status 1:\nno such thing"):
         run_side_by_side(commands, per_device=2)
     assert (tmp_path / "done").is_file()
+
+
+def test_commands_run_after_what_they_need_and_a_failure_stops_only_what_needs_it(tmp_path, capsys):
+    def touches(name, *needs, code="", **options):
+        file = tmp_path / name
+        ending = f"\nfrom pathlib import Path\nPath({str(file)!r}).touch()"
+        return python(name, code + ending, tmp_path, *needs, done=file.is_file, **options)
+
+    commands = [
+        touches("bad", code="raise SystemExit('broken')"),
+        touches("after-bad", "bad"),
+        python("without-result", "", tmp_path, done=(tmp_path / "never").is_file),
+        touches("one"),
+        touches("two", "one", code=f"assert __import__('os').path.exists({str(tmp_path / 'one')!r})"),
+        touches("last", "bad", "after-bad", "one", "two", alone=True),
+    ]
+    finished = []
+    with pytest.raises(UserError, match="bad failed with status 1:\nbroken\nwithout-result failed with status 0"):
+        run_side_by_side(commands, per_device=2, finished=lambda command, seconds: finished.append(command.name))
+    assert finished == ["one", "two", "last"]
+    assert "broken" in capsys.readouterr().out
+    # What is done is not done again, and what failed is tried again.
+    (tmp_path / "bad").touch()
+    (tmp_path / "never").touch()
+    run_side_by_side(lambda: commands, per_device=2, finished=lambda command, seconds: finished.append(command.name))
+    assert finished == ["one", "two", "last", "after-bad"]
+
+
+def test_the_limit_stops_all(tmp_path):
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        run_side_by_side([python("slow", "import time; time.sleep(60)", tmp_path)], per_device=1, limit=1)
+    assert time.monotonic() - began < 30
+
+
+def test_a_free_device_comes_before_a_second_place_on_a_busy_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert side_by_side._emptiest([1, 2, 3], {0: None}) == 1
+    assert side_by_side._emptiest([0, 2, 3], {1: None}) == 0
+    assert side_by_side._emptiest([2, 3], {0: None, 1: None}) == 2
+    assert side_by_side._emptiest([0, 2], {1: None, 3: None}) == 0
 
 
 @pytest.mark.parametrize(("given", "count", "threads"), [(None, 3, "6"), ("5", 3, "5"), (None, 1, "None")])
@@ -58,7 +100,7 @@ def test_a_stop_reaches_every_command(tmp_path):
     )
     parent = (
         "import pathlib, sys\n"
-        "from benchmarks.trainings import Command, run_side_by_side, stoppable\n"
+        "from benchmarks.side_by_side import Command, run_side_by_side, stoppable\n"
         f"child, folder = {child!r}, pathlib.Path({str(tmp_path)!r})\n"
         "commands = [Command(n, [sys.executable, '-c', child, str(folder / n)], folder / 'log') for n in 'ab']\n"
         "with stoppable():\n"
