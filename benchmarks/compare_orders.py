@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +28,14 @@ import torch
 import yaml
 
 from benchmarks import order_tables as tables
+from benchmarks.cost import seconds_of
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.measurements import add, check_same, rows
 from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
 from benchmarks.sweep_queue import Measurement, claim, next_measurement
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
-from vgen.errors import UserError, reported
+from vgen.errors import reported
 from vgen.evaluation.features import Extractor, load_extractor
 from vgen.evaluation.frechet import FeatureStatistics, Gaussian, frechet_distance
 from vgen.evaluation.statistics import SetStatistics, load_statistics, save_statistics
@@ -104,18 +106,8 @@ class Comparison:
         self.orders = {name: ORDERS[name] for name in arguments.orders}
         self._pipelines: dict[str, Pipeline] = {}
         self.out.mkdir(parents=True, exist_ok=True)
-        self._check_same()
-
-    def _check_same(self) -> None:
-        """Refuse to go on with other settings in the same folder: the rows would not be comparable."""
         names = ("data", "features", "tokenizer", "steps", "samples", "final", "scales", "set")
-        mine = {name: getattr(self.arguments, name) for name in names}
-        path = self.out / "settings.json"
-        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
-            other = [name for name in mine if theirs.get(name) != mine[name]]
-            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-        if not path.is_file():
-            path.write_text(json.dumps(mine, indent=1))
+        check_same(self.out, {name: getattr(arguments, name) for name in names})
 
     # Training
 
@@ -141,7 +133,7 @@ class Comparison:
         (folder / "done").touch()
         extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
         train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
-        self.add("floor", {"fd_held_out": frechet_distance(test, train)})
+        add(self.out, "floor", {"fd_held_out": frechet_distance(test, train)})
         save_statistics(reference, SetStatistics(train))
 
     def options_of(self, order: Order) -> dict[str, Any]:
@@ -193,22 +185,11 @@ class Comparison:
             )
         return self._pipelines[label]
 
-    def rows(self, stage: str) -> list[dict[str, Any]]:
-        """Finished measurements of a stage."""
-        path = self.out / f"{stage}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def add(self, stage: str, row: dict[str, Any]) -> None:
-        """Keep a measurement."""
-        with (self.out / f"{stage}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
     def next_measurement(self, labels: Sequence[str], finals: Sequence[int] = ()) -> Measurement | None:
         """What some plans lack first, given the rows so far."""
         settings = self.arguments
         return next_measurement(
-            labels, self.rows("sweep"), scales=settings.scales, samples=settings.samples, finals=finals
+            labels, rows(self.out, "sweep"), scales=settings.scales, samples=settings.samples, finals=finals
         )
 
     def sweep(self) -> None:
@@ -265,12 +246,12 @@ class Comparison:
             if logits is not None:
                 hits += int((logits.argmax(-1).cpu() == batch.labels).sum())
         fd = frechet_distance(collected.gaussian(), reference)
-        self.add("sweep", vars(todo) | {"fd": fd, "accuracy": hits / todo.samples})
+        add(self.out, "sweep", vars(todo) | {"fd": fd, "accuracy": hits / todo.samples})
 
     def speed(self) -> None:
         """Images/s of every plan alone on the device, tokens only, guidance on, median of three after a warm-up."""
         device = pick_device()
-        done = {row["plan"] for row in self.rows("speed")}
+        done = {row["plan"] for row in rows(self.out, "speed")}
         for label, _, _ in self.plans():
             if label in done:
                 continue
@@ -278,7 +259,7 @@ class Comparison:
             size = self.arguments.batch_size
             labels, index = make_labels("balanced", size, pipeline.num_classes, seed=0), torch.arange(size)
             sampling = Sampling(guidance=Guidance(scale=2.0))
-            seconds = [timed(partial(pipeline.generate_ids, labels, index, sampling), device) for _ in range(4)]
+            seconds = [seconds_of(partial(pipeline.generate_ids, labels, index, sampling), device) for _ in range(4)]
             passes: list[int] = []
             decode(
                 pipeline.generator,
@@ -288,7 +269,8 @@ class Comparison:
                 sample_index=index[:100],
                 watch=lambda number, _, seen=passes: seen.append(number),
             )
-            self.add(
+            add(
+                self.out,
                 "speed",
                 {
                     "plan": label,
@@ -308,22 +290,11 @@ class Comparison:
         tables.write(
             self.out,
             [(label, training) for label, training, _ in self.plans()],
-            self.rows("sweep"),
-            self.rows("speed"),
+            rows(self.out, "sweep"),
+            rows(self.out, "speed"),
             samples=settings.samples,
             finals=settings.final,
         )
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

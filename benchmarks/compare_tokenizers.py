@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import tokenizer_scores as scores
 from benchmarks import tokenizer_tables as tables
+from benchmarks.measurements import add, check_same, rows
 from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
 from vgen.checkpoints.release import CONFIG
 from vgen.errors import UserError, reported
@@ -71,14 +72,8 @@ class Comparison:
             UserError: naming the settings that differ.
         """
         names = ("data", "features", "tokenizer", "raster", "reference", "titok", "samples", "sweep", "scales", "set")
-        mine = {name: getattr(self.arguments, name) for name in names}
-        path = self.out / "settings.json"
-        theirs = json.loads(path.read_text()) if path.is_file() else mine
-        # These may come later than the rest: what needs them is done then.
-        if (theirs | {name: theirs[name] or mine[name] for name in ("raster", "tokenizer")}) != mine:
-            other = [name for name in mine if theirs.get(name) != mine[name]]
-            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-        path.write_text(json.dumps(mine, indent=1))
+        settings = {name: getattr(self.arguments, name) for name in names}
+        check_same(self.out, settings, later=("raster", "tokenizer"))
 
     # What there is to do
 
@@ -91,7 +86,7 @@ class Comparison:
         """The TiTok that generators are trained on: that with the lower distance, unless one was asked for."""
         if self.arguments.titok != "better":
             return f"titok_{self.arguments.titok}"
-        found = {row["tokenizer"]: row["fd"] for row in scores.rows(self.out, "reconstruction")}
+        found = {row["tokenizer"]: row["fd"] for row in rows(self.out, "reconstruction")}
         return min(("titok_stage2", "titok_single"), key=lambda name: found.get(name, float("inf")))
 
     def tasks(self) -> list[Command]:
@@ -205,14 +200,14 @@ class Comparison:
         return Command(name, words, self.out / "logs" / f"{name}.log", needs, done, alone)
 
     def _scored(self, name: str) -> Callable[[], bool]:
-        return lambda: any(row["tokenizer"] == name for row in scores.rows(self.out, "reconstruction"))
+        return lambda: any(row["tokenizer"] == name for row in rows(self.out, "reconstruction"))
 
     def _sampled(self, training: str) -> Callable[[], bool]:
         labels = {plan.label for plan in self.plans_of(training)}
-        return lambda: {row["plan"] for row in scores.rows(self.out, "samples") if row["final"]} >= labels
+        return lambda: {row["plan"] for row in rows(self.out, "samples") if row["final"]} >= labels
 
     def _all_timed(self) -> bool:
-        return {row["plan"] for row in scores.rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
+        return {row["plan"] for row in rows(self.out, "speed")} >= {plan.label for plan in self.plans()}
 
     def run(self) -> None:
         """Run what is not done yet, several at once.
@@ -232,7 +227,7 @@ class Comparison:
 
     def _finished(self, task: Command, seconds: float) -> None:
         row = {"task": task.name, "seconds": round(seconds, 1), "budget_s": self.seconds.get(task.name)}
-        scores.add(self.out, "tasks", row)
+        add(self.out, "tasks", row)
 
     def measure(self, name: str) -> None:
         """Do one measurement in this process."""

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compare_orders import timed
-from benchmarks.cost import measure_ceilings
+from benchmarks.cost import measure_ceilings, seconds_of
 from benchmarks.decode import measure
+from benchmarks.measurements import add, check_same, rows
 from benchmarks.motion import moves_steadily
 from benchmarks.networks import SIZES, make_generator, make_plan
 from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
@@ -70,29 +70,8 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
         self.source, self.options = open_clips(arguments.data)
         self.device = pick_device(arguments.device)
-        self._check_same()
-
-    def _check_same(self) -> None:
-        """Refuse to go on with other settings in the same folder: the rows would not be comparable."""
         names = ("data", "steps", "samples", "final", "scales", "temperatures", "set_tokenizer", "set_generator")
-        mine = {name: getattr(self.arguments, name) for name in names}
-        path = self.out / "settings.json"
-        if path.is_file() and (theirs := json.loads(path.read_text())) != mine:
-            other = [name for name in mine if theirs.get(name) != mine[name]]
-            raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-        if not path.is_file():
-            path.write_text(json.dumps(mine, indent=1))
-
-    def rows(self, stage: str) -> list[dict[str, Any]]:
-        """Finished measurements of a stage."""
-        path = self.out / f"{stage}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-    def add(self, stage: str, row: dict[str, Any]) -> None:
-        """Keep a measurement."""
-        with (self.out / f"{stage}.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        check_same(self.out, {name: getattr(arguments, name) for name in names})
 
     # Training
 
@@ -176,7 +155,7 @@ class Comparison:
     def reference(self) -> None:
         """Figures of real clips and of the tokenizer's reconstructions; the statistics that samples are scored by."""
         path = self.out / "reference.npz"
-        done = {row["what"] for row in self.rows("reference")}
+        done = {row["what"] for row in rows(self.out, "reference")}
         train, held_out = self.source.train, self.source.val
         assert isinstance(train, MovingDigits)
         assert isinstance(held_out, MovingDigits)
@@ -193,7 +172,7 @@ class Comparison:
         ):
             if what not in done:
                 figures, _ = self.measure(all_clips(clips), clips.labels, fit)
-                self.add("reference", {"what": what, "extractor": NAME, **figures})
+                add(self.out, "reference", {"what": what, "extractor": NAME, **figures})
         if "reconstructions" not in done:
             self._score_reconstructions(other_clips(held_out, count, first_key=HELD_OUT_KEYS), fit)
 
@@ -214,7 +193,8 @@ class Comparison:
         figures, fit = self.measure(clips, dataset.labels, reference)
         counts = torch.bincount(torch.cat(used), minlength=tokenizer.codebook_size).double()
         own = self.measure(originals, dataset.labels, None)[1]
-        self.add(
+        add(
+            self.out,
             "reference",
             {
                 "what": "reconstructions",
@@ -238,7 +218,7 @@ class Comparison:
 
     def score(self) -> None:
         """Every order at every setting, then its best setting with more samples; a process per order with --jobs."""
-        done = {row["order"] for row in self.rows("score") if row["final"]}
+        done = {row["order"] for row in rows(self.out, "score") if row["final"]}
         missing = [order for order in self.arguments.orders if order not in done]
         if len(missing) > 1 and self.arguments.jobs > 1:
             words = [sys.executable, "-m", "benchmarks.compare_video", *self.arguments.words, "--only", "score"]
@@ -255,13 +235,13 @@ class Comparison:
 
     def _score_order(self, order: str) -> None:
         pipeline, reference = self.pipeline(order), self._reference()
-        known = {(r["scale"], r["temperature"]): r for r in self.rows("score") if r["order"] == order}
-        rows = []
+        known = {(r["scale"], r["temperature"]): r for r in rows(self.out, "score") if r["order"] == order}
+        scored = []
         for temperature in self.arguments.temperatures:
             for scale in self.arguments.scales:
                 row = known.get((scale, temperature))
-                rows.append(row or self._score(order, pipeline, reference, scale, temperature, final=False))
-        best = min(rows, key=lambda row: row["fd_proxy"])
+                scored.append(row or self._score(order, pipeline, reference, scale, temperature, final=False))
+        best = min(scored, key=lambda row: row["fd_proxy"])
         self._score(order, pipeline, reference, best["scale"], best["temperature"], final=True)
 
     def _score(
@@ -275,12 +255,12 @@ class Comparison:
         figures, _ = self.measure(clips, torch.cat([batch.labels for batch in batches]), reference)
         setting = {"order": order, "scale": scale, "temperature": temperature, "final": final}
         row = {**setting, "extractor": NAME, **figures}
-        self.add("score", row)
+        add(self.out, "score", row)
         return row
 
     def best(self, order: str) -> Sampling | None:
         """The sampling settings an order was scored best with; None if it has not been scored."""
-        finals = [row for row in self.rows("score") if row["order"] == order and row["final"]]
+        finals = [row for row in rows(self.out, "score") if row["order"] == order and row["final"]]
         if not finals:
             return None
         return Sampling(temperature=finals[0]["temperature"], guidance=Guidance(scale=finals[0]["scale"]))
@@ -289,7 +269,7 @@ class Comparison:
 
     def speed(self) -> None:
         """Clips/s of every trained order alone on the device, guidance on, median of three after two warm-ups."""
-        done = {row["order"] for row in self.rows("speed")}
+        done = {row["order"] for row in rows(self.out, "speed")}
         for order in self.arguments.orders:
             if order in done:
                 continue
@@ -298,10 +278,14 @@ class Comparison:
             sampling = Sampling(guidance=Guidance(scale=2.0))
             rates = {}
             for name, work in (("tokens", pipeline.generate_ids), ("pixels", pipeline.generate)):
-                seconds = [timed(partial(work, labels, index, sampling), self.device) for _ in range(5)]
+                seconds = [seconds_of(partial(work, labels, index, sampling), self.device) for _ in range(5)]
                 rates[f"clips_per_s_{name}"] = size / sorted(seconds[2:])[1]
             passes = len(pipeline.plan.forwards)
-            self.add("speed", {"order": order, "passes": passes, "batch": size, **rates, "device": self.device_name})
+            add(
+                self.out,
+                "speed",
+                {"order": order, "passes": passes, "batch": size, **rates, "device": self.device_name},
+            )
 
     @property
     def device_name(self) -> str:
@@ -310,7 +294,7 @@ class Comparison:
 
     def decode(self) -> None:
         """Random weights at the size of NAR-L for video: cheap orders first, each row kept when it is known."""
-        done = {(row["grid"], row["order"], row["batch"]) for row in self.rows("decode")}
+        done = {(row["grid"], row["order"], row["batch"]) for row in rows(self.out, "decode")}
         pairs = [(grid, order) for grid in self.arguments.decode_grids for order in self.arguments.orders]
         pairs.sort(key=lambda pair: len(make_plan(pair[1], parse_grid(pair[0])).forwards))
         given = self.arguments
@@ -343,7 +327,7 @@ class Comparison:
                 except torch.OutOfMemoryError:
                     print(f"{order} at {grid}: a batch of {batch} does not fit in memory", flush=True)
                     break
-                self.add("decode", {"grid": grid, **vars(row), **vars(ceilings), "device": self.device_name})
+                add(self.out, "decode", {"grid": grid, **vars(row), **vars(ceilings), "device": self.device_name})
 
     # Results
 
@@ -382,9 +366,9 @@ class Comparison:
 
     def table(self) -> None:
         """video.csv, video.md and video.png from the rows so far."""
-        rows = {stage: self.rows(stage) for stage in ("reference", "score", "speed", "decode")}
+        found = {stage: rows(self.out, stage) for stage in ("reference", "score", "speed", "decode")}
         proxy = load_proxy(self.out / "proxy.pt", torch.device("cpu"))[1] if (self.out / "proxy.pt").is_file() else {}
-        write_table(self.out, rows, proxy)
+        write_table(self.out, found, proxy)
 
 
 def _doubled(clip: Tensor) -> Tensor:

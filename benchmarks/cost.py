@@ -129,6 +129,17 @@ def _product_rate(side: int, device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / median_seconds(lambda: a @ b, device, repeats=15)
 
 
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def median_seconds(work: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int = 2) -> float:
     """Median time of a call, by device events on a GPU."""
     for _ in range(warmup):

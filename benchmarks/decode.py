@@ -13,14 +13,13 @@ three axes a row's "images" are clips. Every row is printed when it is known.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
-from benchmarks.cost import Ceilings, decoding_cost, measure_ceilings
+from benchmarks.cost import Ceilings, decoding_cost, measure_ceilings, seconds_of
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
 from benchmarks.tiles import read_tiles
 from vgen.errors import reported
@@ -64,17 +63,6 @@ class Row:
             f"| {self.seconds:.4f} | {self.images_per_s:.1f} | {self.tb_per_s:.2f} | {self.tflops:.1f} "
             f"| {self.bound_s:.4f} | {self.share:.1%} | {self.peak_gib:.1f} |"
         )
-
-
-def seconds_of(work: Any, device: torch.device) -> float:
-    """Wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def measure(

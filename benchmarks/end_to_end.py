@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.decode import seconds_of
+from benchmarks.cost import seconds_of
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
 from vgen.errors import reported
 from vgen.processes import Processes

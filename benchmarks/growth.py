@@ -9,7 +9,6 @@ from the rows there are.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 
 from benchmarks.cost import Ceilings, measure_ceilings
 from benchmarks.decode import measure
+from benchmarks.measurements import add, rows
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
 from vgen.errors import reported
 from vgen.runtime import pick_device, pick_dtype
@@ -157,9 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with reported():
         begin, out = time.perf_counter(), Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "growth.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        done = {Point(**{name: row[name] for name in Point.__dataclass_fields__}) for row in rows}
+        done = {Point(**{name: row[name] for name in Point.__dataclass_fields__}) for row in rows(out, "growth")}
         device = pick_device(given.device)
         ceilings = measure_ceilings(device, pick_dtype(given.dtype))
         for point in points(given):
@@ -168,12 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if time.perf_counter() - begin > given.seconds:
                 print("out of time: repeat the command to go on")
                 break
-            rows.append(take(point, given, ceilings, device))
-            with path.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-        (out / "growth.md").write_text(table(rows))
-        plot(rows, out / "growth.png")
-        print(table(rows))
+            add(out, "growth", take(point, given, ceilings, device))
+        found = rows(out, "growth")
+        (out / "growth.md").write_text(table(found))
+        plot(found, out / "growth.png")
+        print(table(found))
 
 
 if __name__ == "__main__":

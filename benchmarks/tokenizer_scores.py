@@ -1,7 +1,6 @@
 """Measurements of benchmarks.compare_tokenizers: reconstructions, samples and speed, one JSON row each."""
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import flextok_lengths
 from benchmarks.frechet_sweep import open_data, pictures, statistics
+from benchmarks.measurements import add, rows
 from benchmarks.sweep_queue import next_measurement
 from vgen.checkpoints.release import load_pipeline, load_tokenizer
 from vgen.data.extract import cache_codes
@@ -68,24 +68,6 @@ class Plan:
         return Guidance(
             scale=2.0 * (scale - 1.0), schedule="linear", convention="one-plus", along="passes", initial=0.0
         )
-
-
-def rows(out: Path, name: str) -> list[dict[str, Any]]:
-    """Finished measurements of a kind; half a row, left by a kill, does not count."""
-    path, found = out / f"{name}.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def add(out: Path, name: str, row: dict[str, Any]) -> None:
-    """Keep a measurement."""
-    with (out / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row), flush=True)
 
 
 class Bench:

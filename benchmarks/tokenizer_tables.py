@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tokenizer_scores import rows
+from benchmarks.measurements import rows
 
 Rows = list[dict[str, Any]]
 NAMES = {

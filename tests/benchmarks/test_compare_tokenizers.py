@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks import compare_tokenizers, tokenizer_scores, tokenizer_tables
 from benchmarks.compare_tokenizers import Comparison, parse
+from benchmarks.measurements import add, rows
 from benchmarks.side_by_side import ROOT, Command
 from tests.benchmarks.test_compare_orders import write_pictures
 from tests.evaluation.helpers import CLASSES, TinyExtractor, save_generator, save_script, save_tokenizer
@@ -102,10 +103,10 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
         assert not task.done(), task.name
         comparison.measure(task.name)
         assert task.done(), task.name
-    tokenizers = {row["tokenizer"]: row for row in tokenizer_scores.rows(out, "reconstruction")}
+    tokenizers = {row["tokenizer"]: row for row in rows(out, "reconstruction")}
     assert tokenizers.keys() == {"vq", "titok_single", "titok_stage2"}
     assert all(row["fd"] > 0 and 0 < row["psnr"] < 50 for row in tokenizers.values())
-    assert [row["tokens"] for row in tokenizer_scores.rows(out, "lengths")] == [1, 2, 4, 8, 16, 32, 64]
+    assert [row["tokens"] for row in rows(out, "lengths")] == [1, 2, 4, 8, 16, 32, 64]
 
     tokenizer_tables.write(out)
     table = list(csv.DictReader((out / "generators.csv").open()))
@@ -119,7 +120,7 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
     assert (out / "tokenizers.md").read_text().count("\n") == 2 + 3 + 7
 
     # A scale that was scored before a kill is not sampled again, and half a row does not count.
-    before = [row for row in tokenizer_scores.rows(out, "samples") if row["plan"] == "titok-ar"]
+    before = [row for row in rows(out, "samples") if row["plan"] == "titok-ar"]
     tried = {row["scale"]: row["fd"] for row in before if not row["final"]}
     assert list(tried)[:2] == [1.5, 2.5]
     assert before[-1]["final"]
@@ -127,7 +128,7 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
     lines = [json.dumps(row) for row in before]
     (out / "samples.jsonl").write_text("\n".join(lines[:1]) + "\n" + lines[1][:20] + "\n")
     comparison.measure("samples-titok_ar")
-    again = tokenizer_scores.rows(out, "samples")
+    again = rows(out, "samples")
     assert [(row["scale"], row["final"]) for row in again] == [(row["scale"], row["final"]) for row in before]
     assert [row["fd"] for row in again] == pytest.approx([row["fd"] for row in before])
 
@@ -135,7 +136,7 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
 def test_the_better_titok_is_generated(arguments, tmp_path):
     comparison = Comparison(parse(arguments))
     for name, fd in (("titok_single", 3.0), ("titok_stage2", 4.0)):
-        tokenizer_scores.add(tmp_path / "out", "reconstruction", {"tokenizer": name, "fd": fd})
+        add(tmp_path / "out", "reconstruction", {"tokenizer": name, "fd": fd})
     assert comparison.titok() == "titok_single"
     assert Comparison(parse([*arguments, "--titok", "stage2"])).titok() == "titok_stage2"
 
@@ -191,7 +192,7 @@ def test_a_tokenizer_that_another_program_makes_is_waited_for(arguments, tmp_pat
     comparison.run()
     assert other.wait(10) == 0
     assert (tmp_path / "user").is_file()
-    assert [row["task"] for row in tokenizer_scores.rows(comparison.out, "tasks")] == ["user"]
+    assert [row["task"] for row in rows(comparison.out, "tasks")] == ["user"]
     words = list(arguments)
     words[words.index("--tokenizer") + 1] = str(tmp_path / "later")
     with pytest.raises(SystemExit):
