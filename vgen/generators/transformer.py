@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from vgen.errors import UserError
@@ -28,18 +27,18 @@ from vgen.generators.checks import (
 )
 from vgen.generators.conditioning import ClassCondition, TextCondition, TextContext, TokenCondition
 from vgen.generators.embedding import CodebookEmbedding, Directions, Positions
+from vgen.generators.heads import Heads
 from vgen.generators.joint_block import JointBlock
 from vgen.generators.joint_text import JointText
 from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
 from vgen.generators.plan_check import check_fits
-from vgen.generators.readout import Readout, join_heads, shares, weighted
-from vgen.layers import fused
+from vgen.generators.readout import Readout
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
-from vgen.layers.norm import NormKind, RMSNorm, make_norm
+from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import Placeless, RopeKind, Rotary, extrapolated_rope_table, rotate
 from vgen.schedules.plan import Feed, Forward, Plan, Read
 
@@ -545,84 +544,22 @@ class Transformer(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def read(self, hidden: list[Tensor], read: Read, num_targets: int, modulator: Modulator | None) -> Tensor:
-        """Logits of the targets, the mean over their reads.
+        """Logits of the targets, see :meth:`vgen.generators.heads.Heads.logits`.
 
         Args:
             hidden: one [B, F, dim] per head, from :meth:`run_blocks`.
             read: where to read.
             num_targets: number of targets D.
             modulator: conditioning of the slots, from :meth:`modulator`.
-
-        Returns:
-            float32 [B, D, V], or states [B, D, dim] for continuous tokens.
         """
-        if self.fused and modulator is None and (logits := self._fused_read(hidden, read)) is not None:
-            return logits
-        if read.simple:
-            normal = self._normal(0, hidden[0], read.slots[0], modulator)
-            return normal.float() if self.latent_head is not None else F.linear(normal, *self._matrix()).float()
-        total: Tensor | None = None
-        for head in self._heads(read):
-            output, mean = self._output(head), self._mean(head, hidden, read, num_targets, modulator)
-            if total is None:
-                total = F.linear(mean, output.weight)
-            else:
-                sums = torch.addmm(total.flatten(0, 1), mean.flatten(0, 1), output.weight.t())
-                total = sums.view_as(total)
-            if output.bias is not None:
-                total = total + shares(read, head, num_targets)[:, None] * output.bias
-        assert total is not None
-        return total.float()
+        return self._heads().logits(hidden, read, num_targets, modulator)
 
-    def _fused_read(self, hidden: list[Tensor], read: Read) -> Tensor | None:
-        """The same in fewer kernels; None if they do not know these heads."""
-        if not read.sources or self.latent_head is not None:
-            return None
-        heads = [0] if read.simple else self._heads(read)
-        weights, biases = zip(*[self._matrix(head) for head in heads], strict=True)
-        norms = [norm for norm in (self.norms[head] for head in heads) if isinstance(norm, RMSNorm)]
-        if len(norms) < len(heads) or any(bias is not None for bias in biases):
-            return None
-        if not fused.can_read(hidden[0], weights[0]):
-            return None
-        states, sources = [hidden[head] for head in heads], [read.sources[head] for head in heads]
-        shares = None if read.simple else [read.shares[head] for head in heads]
-        return fused.read(states, norms, weights, sources, shares)
-
-    def _matrix(self, head: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Weight [V, dim] and bias [V] of an output head."""
-        if self.outputs:
-            output = self._output(head)
-            return output.weight, output.bias
-        assert isinstance(self.tok_embeddings, nn.Embedding)
-        return self.tok_embeddings.weight[: self.vocab_size], None
-
-    def _output(self, head: int) -> nn.Linear:
-        output = self.outputs[head]
-        assert isinstance(output, nn.Linear)
-        return output
-
-    @staticmethod
-    def _heads(read: Read) -> list[int]:
-        return [head for head, slots in enumerate(read.slots) if slots.numel()]
-
-    def _mean(
-        self, head: int, hidden: list[Tensor], read: Read, num_targets: int, modulator: Modulator | None
-    ) -> Tensor:
-        """Share of a head in the mean over reads, in front of its matrix, [B, D, dim]: the mean commutes with it."""
-        return weighted(self._normal(head, hidden[head], read.slots[head], modulator), read, head, num_targets)
-
-    def _normal(self, head: int, state: Tensor, slots: Tensor, modulator: Modulator | None) -> Tensor:
-        """What an output head sees at slots int64 [n] or [B, n] of a hidden state [B, F, dim], [B, n, dim]."""
-        if slots.dim() == 1:
-            chosen = state[:, slots]
-        else:
-            chosen = state.gather(1, slots[..., None].expand(-1, -1, state.shape[-1]))
-        normal = self.norms[head](chosen)
-        if modulator is not None:
-            shift, scale = self.modulations[head](modulator.select(slots))
-            normal = normal * (1 + scale) + shift
-        return normal
+    def _heads(self) -> Heads:
+        tied = None
+        if not self.outputs and self.latent_head is None:
+            assert isinstance(self.tok_embeddings, nn.Embedding)
+            tied = self.tok_embeddings.weight[: self.vocab_size]
+        return Heads(self.norms, self.modulations, self.outputs, tied, by_kernels=self.fused)
 
     def logits(
         self,
@@ -669,11 +606,7 @@ class Transformer(nn.Module):
             options: likewise.
         """
         states, read, modulator = self._teach(ids, condition, plan, **options)
-        if read.simple:
-            return Readout(self._normal(0, states[0], read.slots[0], modulator), *self._matrix())
-        heads, targets = self._heads(read), plan.num_tokens
-        means = [self._mean(head, states, read, targets, modulator) for head in heads]
-        return join_heads(means, [self._output(head) for head in heads], [shares(read, h, targets) for h in heads])
+        return self._heads().readout(states, read, plan.num_tokens, modulator)
 
     def _teach(
         self,
