@@ -201,7 +201,6 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
         (64, 1, 16, 2, 3, False, 0, 0),
         (64, 1, 32, 4, 3, True, 0, 0),
         (128, 1, 16, 8, 3, False, 2, 16),
-        (128, 1, 16, 8, 3, False, 5, 16),
         (128, 1, 32, 4, 3, True, 2, 32),
         (16, 4, 16, 2, 2, False, 0, 0),
         (16, 1, 32, 1, 2, False, 0, 0),

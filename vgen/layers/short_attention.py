@@ -60,12 +60,11 @@ def pick_tile(
     if batch * kv_heads * -(-asked // queries) <= _FEW_PROGRAMS:
         # Too few to fill the device: each has all it can in flight, and a long prefix is shared out.
         rows = min(max(16, _power_of_two(settled or prefix)), fits, 128)
+        held = min(2, -(-settled // rows))
+        fresh = min(64, fits, max(16, _power_of_two(prefix - settled))) if held else 0
+        span = 256 // rows if prefix > 512 else 0
         # More queries share their keys among fewer warps: faster on an H100.
         warps = 8 if rows == 128 and queries < 32 else 4
-        most = 5 if warps == 8 else 4
-        span = 256 // rows if prefix > rows * most else 0
-        held = min(2 if warps == 4 else span or most, -(-settled // rows))
-        fresh = min(64, fits, max(16, _power_of_two(prefix - settled))) if held else 0
         return Tile(rows, 1, queries, warps=warps, stages=3, span=span, early=True, held=held, fresh=fresh)
     fits = min(fits, 64)
     rows, shared = min(rows, fits), 1
