@@ -46,13 +46,14 @@ class Heads:
             modulator: conditioning of the slots; None without AdaLN.
 
         Returns:
-            float32 [B, D, V], or states [B, D, dim] for continuous tokens.
+            [B, D, V] in the dtype of the products (float32 where a kernel has it at hand), or states [B, D, dim] for
+            continuous tokens.
         """
         if self.by_kernels and modulator is None and (logits := self._by_kernels(hidden, read)) is not None:
             return logits
         if read.simple:
             normal = self._normal(0, hidden[0], read.slots[0], modulator)
-            return F.linear(normal, *self._matrix(0)).float() if self._has_matrix else normal.float()
+            return F.linear(normal, *self._matrix(0)) if self._has_matrix else normal
         total: Tensor | None = None
         for head in _heads_of(read):
             output, mean = self._output(head), self._mean(head, hidden, read, num_targets, modulator)
@@ -64,7 +65,7 @@ class Heads:
             if output.bias is not None:
                 total = total + shares(read, head, num_targets)[:, None] * output.bias
         assert total is not None
-        return total.float()
+        return total
 
     def readout(self, hidden: Sequence[Tensor], read: Read, num_targets: int, modulator: Modulator | None) -> Readout:
         """What these logits are the product of; arguments as in :meth:`logits`."""

@@ -594,7 +594,7 @@ class Transformer(nn.Module):
         states, read, modulator = self._teach(
             ids, condition, plan, order=order, drop=drop, padding=padding, flex=flex, hidden=hidden
         )
-        return self.read(states, read, plan.num_tokens, modulator)
+        return self.read(states, read, plan.num_tokens, modulator).float()
 
     def readout(self, ids: Tensor, condition: Tensor, plan: Plan, **options: Any) -> Readout:
         """What the logits of :meth:`logits` are the product of, for losses that never hold all of them.
@@ -669,7 +669,8 @@ class Transformer(nn.Module):
             located: what :meth:`locate` gives for the pass, if it is known already.
 
         Returns:
-            float32 [B, D, V], logits of the targets of the pass, or their states [B, D, dim] for continuous tokens.
+            [B, D, V], logits of the targets of the pass, or their states [B, D, dim] for continuous tokens, in the
+            dtype of the products or float32.
         """
         mask = forward.mask
         if padding is not None:

@@ -147,7 +147,7 @@ def read(
     sources: Sequence[Tensor],
     shares: Sequence[Tensor] | None,
 ) -> Tensor:
-    """Logits float32 [B, D, V] of the targets of a pass: the sum over heads of what each reads.
+    """Logits [B, D, V] of the targets of a pass, the sum over heads of what each reads, in the dtype of x or float32.
 
     Args:
         hidden: per head, [B, F, dim].
@@ -164,7 +164,7 @@ def read(
             return add_rows(normal, weight, None, tile, dtype=torch.float32)
         total = F.linear(normal, weight) if total is None else add_product(total, normal, weight)
     assert total is not None
-    return total.float()
+    return total
 
 
 def can_read(x: Tensor, weight: Tensor) -> bool:

@@ -238,6 +238,7 @@ def run_passes(
     # What the kernels of the draw can do, for the numbers they are given.
     plainly = generator.fused and plan.policy is None and spatial is None and trace is None
     plainly = plainly and not sampling.greedy and sampling.top_k == 0 and sampling.top_p == 1.0
+    plainly = plainly and head is None and isinstance(noise, KeyedNoise)
     index = 0
     while index != num_passes and (forward := course.next()) is not None:
         decided = course.decided
@@ -271,6 +272,9 @@ def run_passes(
             else:
                 assert by_moment is not None
                 weight = by_moment[moment][:, None, None]
+        by_kernels = plainly and isinstance(weight, float) and draws_here(logits)
+        if not by_kernels:
+            logits = logits.float()
         if head is not None:
             assert isinstance(weight, float)
             if trace is not None:
@@ -283,7 +287,9 @@ def run_passes(
                 steps=min(head.train_steps, sampling.diffusion_steps or DIFFUSION_STEPS),
                 temperature=sampling.temperature,
             )
-        elif plainly and isinstance(noise, KeyedNoise) and isinstance(weight, float) and draws_here(logits):
+        elif by_kernels:
+            assert isinstance(noise, KeyedNoise)
+            assert isinstance(weight, float)
             # The kernel writes the tokens where the scatter below would.
             written = known is None and watch is None
             tokens = draw_tokens(
