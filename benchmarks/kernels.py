@@ -55,18 +55,20 @@ class Case:
 
     Attributes:
         blocks: the layers.
+        matrices: as many of an output head, [V, dim].
         x: residual stream [B, 1, dim].
         hidden: inside the feed-forward layer, [B, 1, hidden].
         view: rotary rows, cache of one layer and cache rows.
     """
 
     blocks: list[Block]
+    matrices: list[Tensor]
     x: Tensor
     hidden: Tensor
     view: View
 
     @classmethod
-    def make(cls, blocks: list[Block], rows: int) -> "Case":
+    def make(cls, blocks: list[Block], matrices: list[Tensor], rows: int) -> "Case":
         """Random inputs for a number of rows."""
         attention, feed_forward = blocks[0].attention, blocks[0].feed_forward
         assert isinstance(feed_forward, SwiGLU)
@@ -92,14 +94,17 @@ class Case:
             prefix=6,
         )
         x, hidden = (torch.randn(rows, 1, n, device=device).to(dtype) for n in (dim, feed_forward.w1.out_features))
-        return cls(blocks, x, hidden, view)
+        return cls(blocks, matrices, x, hidden, view)
 
     def exact(self) -> "Case":
         """The first layer and its inputs in float32."""
-        case = Case.make([copy.deepcopy(self.blocks[0]).float()], len(self.x))
-        return Case(
-            case.blocks, self.x.float(), self.hidden.float(), View(**{**vars(case.view), "rope": self.view.rope})
-        )
+        case = Case.make([copy.deepcopy(self.blocks[0]).float()], [self.matrices[0].float()], len(self.x))
+        view = View(**{**vars(case.view), "rope": self.view.rope})
+        return Case(case.blocks, case.matrices, self.x.float(), self.hidden.float(), view)
+
+    def matrix(self, block: Block) -> Tensor:
+        """The output head that is read where this block is run."""
+        return self.matrices[self.blocks.index(block)]
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,18 @@ def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
 
 
+def _our_read(case: Case, block: Block, tile: Tile | None) -> Tensor:
+    weight = case.matrix(block)
+    return fused.add_rows(case.x, weight, None, tile, dtype=torch.float32) if tile else F.linear(case.x, weight)
+
+
 def _our_sum(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None) -> Tensor:
     return fused.add_rows(x, weight, residual, tile) if tile else fused.add_product(residual, x, weight)
 
 
-def steps_of(block: Block, rows: int) -> list[Step]:
-    """The steps that a pass of this many rows takes."""
+def steps_of(case: Case) -> list[Step]:
+    """The steps that a pass takes."""
+    block, rows = case.blocks[0], len(case.x)
     feed_forward = parts(block)[2]
     project, out, first, second = (
         layer.weight.numel() for layer in (block.attention.wqkv, block.attention.wo, feed_forward.w1, feed_forward.w2)
@@ -193,8 +204,17 @@ def steps_of(block: Block, rows: int) -> list[Step]:
             lambda case, block, tile: _our_sum(case.hidden, parts(block)[2].w2.weight, case.x, tile),
             "w2",
         ),
+        Step(
+            "read",
+            case.matrices[0].numel(),
+            lambda case, block: F.linear(case.x, case.matrix(block)),
+            _our_read,
+            "read",
+        ),
     ]
-    return [replace(step, product=None) for step in steps[::2]] if rows > FEW else steps
+    if rows <= FEW:
+        return steps
+    return [replace(step, product=None) for step in steps if step.product in ("project", "gate")]
 
 
 def seconds_per_layer(case: Case, work: Callable[[Block], Tensor]) -> float:
@@ -240,9 +260,9 @@ def tiles_for(step: Step, case: Case, sweep: bool) -> list[Tile | None]:
 def lines_for(case: Case, sweep: bool, ranked: dict[Product, list[Tile | None]]) -> Iterator[str]:
     """Table lines of the steps of a pass; tiles that are right go to ``ranked``, the fastest first."""
     rows = len(case.x)
-    one, exact = Case([case.blocks[0]], case.x, case.hidden, case.view), case.exact()
+    one, exact = replace(case, blocks=case.blocks[:1], matrices=case.matrices[:1]), case.exact()
     size = case.x.element_size()
-    for step in steps_of(case.blocks[0], rows):
+    for step in steps_of(case):
         best = step.plain(exact, exact.blocks[0])
         plain_error = error(step.plain(one, one.blocks[0]), best)
         plain = seconds_per_layer(case, lambda block, step=step: step.plain(case, block))
@@ -329,7 +349,7 @@ def swept_layer(
     """
     rows = len(case.x)
     used = {product: next(tile for most, tile in entries if rows <= most) for product, entries in MEASURED.items()}
-    used |= {step.product: used_tile(step, case) for step in steps_of(case.blocks[0], rows) if step.product}
+    used |= {step.product: used_tile(step, case) for step in steps_of(case) if step.product}
     steps = used | {product: tiles[0] for product, tiles in ranked.items()}
     fastest = math.inf
     try:
@@ -342,7 +362,7 @@ def swept_layer(
                     fastest = seconds
                     chosen.update({key: tile and replace(tile, early=wanted) for key, tile in tiles.items()})
         for product, best in ranked.items():
-            for tile in best[:TRIED]:
+            for tile in best[:TRIED] if product != "read" else ():
                 changed = chosen | {product: tile}
                 use_tiles({name: ((FEW, other),) for name, other in changed.items()})
                 seconds = our_layer(case)
@@ -353,6 +373,7 @@ def swept_layer(
                 if seconds < fastest:
                     fastest = seconds
                     chosen.update(changed)
+        chosen["read"] = ranked["read"][0]
     finally:
         use_tiles(None)
 
@@ -384,24 +405,38 @@ def make_blocks(size: str, layers: int, device: torch.device, dtype: torch.dtype
         return [Block(shape, drop_path=0.0).to(dtype).eval().requires_grad_(False) for _ in range(layers)]
 
 
+@cache
+def make_matrices(size: str, layers: int, vocab: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Output heads of random weights."""
+    dim = SIZES[size][0]
+    return [torch.randn(vocab, dim, device=device, dtype=dtype) * dim**-0.5 for _ in range(layers)]
+
+
+def make_case(given: argparse.Namespace, layers: int, rows: int) -> Case:
+    """Random layers and inputs as a command line says."""
+    where = pick_device(given.device), pick_dtype(given.dtype)
+    matrices = make_matrices(given.size, layers, given.vocab, *where)
+    return Case.make(make_blocks(given.size, layers, *where), matrices, rows)
+
+
 @torch.inference_mode()
-def _compile(size: str, device: torch.device, dtype: torch.dtype, rows: int, step: int, tile: Tile) -> None:
-    case = Case.make(make_blocks(size, 1, device, dtype), rows)
+def _compile(given: argparse.Namespace, rows: int, step: int, tile: Tile) -> None:
+    case = make_case(given, 1, rows)
     for each in {tile, replace(tile, early=False)}:
         # What does not compile is reported where it is timed.
         with suppress(Exception):
-            steps_of(case.blocks[0], rows)[step].ours(case, case.blocks[0], each)
+            steps_of(case)[step].ours(case, case.blocks[0], each)
 
 
-def compile_ahead(size: str, device: torch.device, dtype: torch.dtype, given: Sequence[int]) -> None:
+def compile_ahead(given: argparse.Namespace) -> None:
     """Fill Triton's cache on disk with what a sweep times, many kernels at a time."""
     context = multiprocessing.get_context("spawn")
     with suppress(BrokenProcessPool), ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), context) as pool:
-        for rows in (rows for rows in given if rows <= FEW):
-            case = Case.make(make_blocks(size, 1, device, dtype), rows)
-            for number, step in enumerate(steps_of(case.blocks[0], rows)):
+        for rows in (rows for rows in given.rows if rows <= FEW):
+            case = make_case(given, 1, rows)
+            for number, step in enumerate(steps_of(case)):
                 for tile in filter(None, tiles_for(step, case, sweep=True)):
-                    pool.submit(_compile, size, device, dtype, rows, number, tile)
+                    pool.submit(_compile, given, rows, number, tile)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -409,6 +444,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="L")
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 16, 32, 64, 512, 1024, 4096])
+    parser.add_argument("--vocab", type=int, default=16384, help="rows of an output head")
     parser.add_argument("--layers", type=int, default=48, help="weights that are read one after the other")
     parser.add_argument("--sweep", action="store_true", help="time other tiles and the vendor's library too")
     parser.add_argument("--choose", type=Path, metavar="PATH", help="write the best of a sweep as a table of tiles")
@@ -430,12 +466,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}, torch {torch.__version__}, size {given.size}, {dtype}", flush=True)
         if given.sweep and device.type == "cuda":
             start = time.perf_counter()
-            compile_ahead(given.size, device, dtype, given.rows)
+            compile_ahead(given)
             print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
         print(HEADER, flush=True)
         table: dict[Product, list[tuple[int, Tile | None]]] = {}
         for rows in given.rows:
-            case = Case.make(make_blocks(given.size, given.layers, device, dtype), rows)
+            case = make_case(given, given.layers, rows)
             ranked: dict[Product, list[Tile | None]] = {}
             for line in lines_for(case, given.sweep, ranked):
                 print(line, flush=True)

@@ -338,11 +338,11 @@ def test_the_benchmark_prints_a_line_per_step(capsys, monkeypatch):
     # The interpreter takes its time for every row and column.
     monkeypatch.setattr(kernel_benchmark, "FEW", 2)
     monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
-    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
+    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16", "--vocab", "40"]
     kernel_benchmark.main([*tiny, "--rows", "1", "3"])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| 1 ", "| 3 "))]
     assert [line[2].strip() for line in lines] == [
-        *("project", "add (wo)", "gate", "add (w2)", "layer"),
+        *("project", "add (wo)", "gate", "add (w2)", "read", "layer"),
         *("project", "gate", "layer"),
     ]
     assert all(float(line[8]) < 3e-3 for line in lines if "layer" not in line[2])
@@ -353,7 +353,7 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     # The interpreter takes a second for three tiles.
     monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
     monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:1])
-    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16"]
+    tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16", "--vocab", "40"]
     kernel_benchmark.main([*tiny, "--rows", "7", "--sweep", "--choose", str(path)])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| 7 ")]
     errors = [float(line[8]) for line in lines if line[2].strip() != "layer"]
