@@ -133,7 +133,8 @@ class Comparison:
         (folder / "done").touch()
         extractor = load_extractor(self.arguments.features, name="proxy", weights=None, device=device)
         train, test = (statistics(extractor, pictures(part)) for part in (source.train, source.val))
-        add(self.out, "floor", {"fd_held_out": frechet_distance(test, train)})
+        if not rows(self.out, "floor"):
+            add(self.out, "floor", {"fd_held_out": frechet_distance(test, train)})
         save_statistics(reference, SetStatistics(train))
 
     def options_of(self, order: Order) -> dict[str, Any]:
@@ -210,7 +211,10 @@ class Comparison:
         words = [sys.executable, "-m", "benchmarks.compare_orders", *self.arguments.words]
         words += ["--only", stage, "--scorers", "1"]
         run_side_by_side(
-            [Command(f"{stage} {i}", words, self.out / f"{stage}-{i}.log") for i in range(processes)],
+            [
+                Command(f"{stage} {i}", words, self.out / f"{stage}-{i}.log", folder=Path.cwd())
+                for i in range(processes)
+            ],
             per_device=self.arguments.scorers,
         )
 

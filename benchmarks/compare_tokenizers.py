@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks import tokenizer_scores as scores
 from benchmarks import tokenizer_tables as tables
 from benchmarks.measurements import add, check_same, rows
-from benchmarks.side_by_side import Command, run_side_by_side, stoppable, training_command
+from benchmarks.side_by_side import Command, run_side_by_side, training_command
 from vgen.checkpoints.release import CONFIG
 from vgen.errors import UserError, reported
 from vgen.runtime import versions
@@ -62,8 +62,6 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
         self.reference = Path(arguments.reference).absolute() if arguments.reference else self.out / "reference.npz"
         self.seconds = SECONDS | arguments.seconds
-        self.failed: set[str] = set()
-        self._stop = 0
 
     def check_same(self) -> None:
         """Refuse to go on with other settings in the same folder: the rows would not be comparable.
@@ -197,7 +195,7 @@ class Comparison:
         self, name: str, needs: tuple[str, ...], done: Callable[[], bool], *, alone: bool = False
     ) -> Command:
         words = [sys.executable, "-m", "benchmarks.compare_tokenizers", *self.arguments.words, "--task", name]
-        return Command(name, words, self.out / "logs" / f"{name}.log", needs, done, alone)
+        return Command(name, words, self.out / "logs" / f"{name}.log", needs, done, alone, folder=Path.cwd())
 
     def _scored(self, name: str) -> Callable[[], bool]:
         return lambda: any(row["tokenizer"] == name for row in rows(self.out, "reconstruction"))
@@ -217,11 +215,10 @@ class Comparison:
             SystemExit: if all was stopped before the end.
         """
         try:
-            with stoppable():
-                run_side_by_side(
-                    self.tasks, per_device=self.arguments.jobs, limit=self.arguments.limit, finished=self._finished
-                )
-        except (SystemExit, KeyboardInterrupt):
+            run_side_by_side(
+                self.tasks, per_device=self.arguments.jobs, limit=self.arguments.limit, finished=self._finished
+            )
+        except SystemExit:
             print("stopped; finished work is kept; repeat the command to go on", flush=True)
             raise
 

@@ -97,7 +97,7 @@ class Comparison:
             words = [sys.executable, "-m", "benchmarks.video_proxy", "--out", str(proxy), "--data", *data]
             words += ["--steps", str(self.arguments.proxy_steps), "--clips", str(self.arguments.proxy_clips)]
             words += ["--device", self.arguments.device]
-            commands.append(Command("proxy", words, self.out / "proxy.log"))
+            commands.append(Command("proxy", words, self.out / "proxy.log", folder=Path.cwd()))
         run_side_by_side(commands, per_device=2)
 
     def codes(self) -> None:
@@ -224,7 +224,9 @@ class Comparison:
             words = [sys.executable, "-m", "benchmarks.compare_video", *self.arguments.words, "--only", "score"]
             run_side_by_side(
                 [
-                    Command(f"score {order}", [*words, "--orders", order], self.out / order / "score.log")
+                    Command(
+                        f"score {order}", [*words, "--orders", order], self.out / order / "score.log", folder=Path.cwd()
+                    )
                     for order in missing
                 ],
                 per_device=self.arguments.jobs,

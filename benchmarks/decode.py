@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with reported():
         device, dtype = pick_device(given.device), pick_dtype(given.dtype)
         if given.tiles:
-            use_tiles(read_tiles(given.tiles))
+            use_tiles(read_tiles(given.tiles, SIZES[given.size][0]))
         ceilings = measure_ceilings(device, dtype)
         print(
             f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, torch {torch.__version__}: "

@@ -39,7 +39,7 @@ from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.mlp import SwiGLU, swiglu_width
 from vgen.layers.norm import RMSNorm
-from vgen.layers.tiles import FEW, MEASURED, Product, Tile, best_tile, use_tiles
+from vgen.layers.tiles import FEW, Product, Tile, best_tile, use_tiles
 from vgen.runtime import pick_device, pick_dtype
 
 HEADER = "| rows | step | tile | us | TB/s | plain us | times faster | error | plain error |\n" + "|---" * 9 + "|"
@@ -348,8 +348,7 @@ def swept_layer(
     steps need not make the fastest layer: every product is then tried with its next best tiles, one after the other.
     """
     rows = len(case.x)
-    used = {product: next(tile for most, tile in entries if rows <= most) for product, entries in MEASURED.items()}
-    used |= {step.product: used_tile(step, case) for step in steps_of(case) if step.product}
+    used = {step.product: used_tile(step, case) for step in steps_of(case) if step.product}
     steps = used | {product: tiles[0] for product, tiles in ranked.items()}
     fastest = math.inf
     try:

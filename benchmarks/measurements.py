@@ -1,6 +1,7 @@
 """Measurements in an output folder: rows that are kept as soon as they are known, and the settings that they share."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
 
 def add(out: Path, name: str, row: Mapping[str, Any]) -> None:
     """Keep a measurement."""
-    with (out / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with (out / f"{name}.jsonl").open("ab+") as file:
+        # Behind half a row a new line begins, or both would be lost.
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
     print(json.dumps(row), flush=True)
 
 
@@ -39,7 +45,11 @@ def check_same(out: Path, settings: Mapping[str, Any], *, later: Sequence[str] =
     """
     mine, path = dict(settings), out / "settings.json"
     theirs = json.loads(path.read_text()) if path.is_file() else mine
-    theirs |= {name: theirs.get(name) or mine[name] for name in later}
-    if other := [name for name in mine if theirs.get(name) != mine[name]]:
+    filled = theirs | {name: theirs.get(name) or mine[name] for name in later}
+    if other := [name for name in mine if filled.get(name) != mine[name]]:
         raise UserError(f"{path} has other {', '.join(other)}; choose another --out or the same values")
-    path.write_text(json.dumps(mine, indent=1))
+    if mine != theirs or not path.is_file():
+        # In one step: several processes of one comparison read it at once.
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(mine, indent=1))
+        partial.replace(path)

@@ -34,6 +34,7 @@ class Command:
         needs: names of the commands that must be done before.
         done: whether its result is there; None = once it has ended without an error.
         alone: run it only while nothing else runs, and after failures too, with what there is.
+        folder: in which it runs.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Command:
     needs: tuple[str, ...] = ()
     done: Callable[[], bool] | None = None
     alone: bool = False
+    folder: Path = ROOT
 
 
 def training_command(name: str, words: Sequence[str], folder: Path) -> Command:
@@ -85,6 +87,21 @@ def stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C as they come: an exception at any place could leave a process behind that nobody stops."""
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: asked.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_side_by_side(
     commands: Sequence[Command] | Callable[[], Sequence[Command]],
     *,
@@ -94,76 +111,84 @@ def run_side_by_side(
 ) -> None:
     """Run commands, as many at once as there are places; those behind wait for a free one.
 
-    A command that fails leaves the others running, but for those that need it. If this process is stopped, all get
-    SIGTERM and the time to save. The cores are shared among those that run at once, unless OMP_NUM_THREADS says how
-    many threads each gets.
+    A command that fails leaves the others running, but for those that need it; the end of its log is printed. If this
+    process is stopped, all get SIGTERM and the time to save. The cores are shared among those that run at once, unless
+    OMP_NUM_THREADS says how many threads each gets.
 
     Args:
         commands: what to run, those to start first in front; a function where command lines depend on results.
-        per_device: commands at once per visible device (or on the CPU).
+        per_device: commands at once per visible device (or on the CPU), at least 1.
         limit: seconds after which all are stopped, as if this process were; 0 = none.
         finished: called with every command that has ended well, and its seconds.
 
     Raises:
-        UserError: naming the commands that failed, with the end of their logs.
-        SystemExit: at the limit.
+        UserError: at the end, naming the commands that failed and their logs.
+        SystemExit: if this process was stopped, or at the limit.
     """
+    if per_device < 1:
+        raise UserError(f"{per_device} commands at once per device are none; give 1 or more")
     places = max(1, torch.cuda.device_count()) * per_device
-    running, failed, ended = dict[int, tuple[Command, subprocess.Popen[bytes], float]](), dict[str, str](), set[str]()
+    running, failed, ended = dict[int, tuple[Command, subprocess.Popen[bytes], float]](), dict[str, Path](), set[str]()
     began_all = reported = time.monotonic()
-    try:
-        while True:
-            for place, (command, process, began) in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[place]
-                seconds = time.monotonic() - began
-                if process.returncode or (command.done and not command.done()):
-                    reason = f"{command.name} failed with status {process.returncode}:\n{_tail(command.log, 15)}"
-                    failed[command.name] = reason
-                    print(reason, flush=True)
-                    continue
-                ended.add(command.name)
-                print(f"{command.name}: {seconds:.0f} s", flush=True)
-                if finished:
-                    finished(command, seconds)
-            if limit and time.monotonic() - began_all > limit:
-                raise SystemExit(128 + signal.SIGTERM)
-            given = commands() if callable(commands) else commands
-            ready = _ready(given, ended, set(failed))
-            for command in ready:
-                at_work = {other.name for other, _, _ in running.values()}
-                free = [place for place in range(places) if place not in running]
-                if not command.words or command.name in at_work or not free or (command.alone and running):
-                    continue
-                place, at_once = _emptiest(free, running), 1 if command.alone else min(places, len(given))
-                print(f"{command.name}: started", flush=True)
-                running[place] = command, _start(command, _environment(place, at_once)), time.monotonic()
-            if not running and all(command.words for command in ready):
-                break
-            time.sleep(0.2)
-            if time.monotonic() - reported > REPORT_SECONDS:
-                reported = time.monotonic()
-                for command, _, began in running.values():
-                    print(f"{command.name}: {reported - began:.0f} s, {_tail(command.log, 1)}", flush=True)
-    finally:
-        _stop([process for _, process, _ in running.values()])
+    with _stop_asked() as asked:
+        try:
+            while True:
+                for place, (command, process, began) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[place]
+                    seconds = time.monotonic() - began
+                    if reason := _why_failed(command, process.returncode):
+                        failed[command.name] = command.log
+                        print(f"{command.name} {reason}:\n{_tail(command.log, 15)}", flush=True)
+                        continue
+                    ended.add(command.name)
+                    print(f"{command.name}: {seconds:.0f} s", flush=True)
+                    if finished:
+                        finished(command, seconds)
+                if asked or (limit and time.monotonic() - began_all > limit):
+                    raise SystemExit(128 + (asked[0] if asked else signal.SIGTERM))
+                given = commands() if callable(commands) else commands
+                ready, left = _ready(given, ended, set(failed))
+                for command in ready:
+                    at_work = [other for other, _, _ in running.values()]
+                    names = {other.name for other in at_work}
+                    free = [place for place in range(places) if place not in running]
+                    exclusive = command.alone or any(other.alone for other in at_work)
+                    if not command.words or command.name in names or not free or (exclusive and running):
+                        continue
+                    place, at_once = _emptiest(free, running), 1 if command.alone else min(places, left)
+                    print(f"{command.name}: started", flush=True)
+                    running[place] = command, _start(command, _environment(place, at_once)), time.monotonic()
+                if not running and all(command.words for command in ready):
+                    break
+                time.sleep(0.2)
+                if time.monotonic() - reported > REPORT_SECONDS:
+                    reported = time.monotonic()
+                    for command, _, began in running.values():
+                        print(f"{command.name}: {reported - began:.0f} s, {_tail(command.log, 1)}", flush=True)
+        finally:
+            _stop([process for _, process, _ in running.values()])
     if failed:
-        raise UserError("\n".join(failed.values()))
+        raise UserError(f"failed: {', '.join(failed)}; see {', '.join(map(str, failed.values()))}")
 
 
-def _ready(commands: Sequence[Command], ended: set[str], failed: set[str]) -> list[Command]:
-    """Commands that are neither done nor failed, and whose needs are met."""
+def _why_failed(command: Command, status: int) -> str | None:
+    if status:
+        return f"failed with status {status}"
+    return "ended without its result" if command.done and not command.done() else None
+
+
+def _ready(commands: Sequence[Command], ended: set[str], failed: set[str]) -> tuple[list[Command], int]:
+    """Commands that are neither done nor failed, and whose needs are met; how many have not been run yet."""
     over = {command.name for command in commands if command.name in ended or (command.done and command.done())}
     blocked = set(failed)
     for command in commands:
         if blocked & set(command.needs) and not command.alone:
             blocked.add(command.name)
-    return [
-        command
-        for command in commands
-        if command.name not in over | failed and not set(command.needs) - over - (blocked if command.alone else set())
-    ]
+    left = [command for command in commands if command.name not in over | failed]
+    ready = [command for command in left if not set(command.needs) - over - (blocked if command.alone else set())]
+    return ready, sum(bool(command.words) for command in left if command.name not in blocked)
 
 
 def _emptiest(free: Sequence[int], running: Mapping[int, object]) -> int:
@@ -178,7 +203,7 @@ def _start(command: Command, environment: Mapping[str, str]) -> "subprocess.Pope
         # A session of its own: a signal to our group must not reach it beside the one we pass on, since a training
         # takes the second for "stop without saving".
         return subprocess.Popen(
-            command.words, cwd=ROOT, stdout=log, stderr=log, env=environment, start_new_session=True
+            command.words, cwd=command.folder, stdout=log, stderr=log, env=environment, start_new_session=True
         )
 
 

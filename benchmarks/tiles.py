@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vgen.errors import UserError
-from vgen.layers.tiles import FEW, MEASURED, Product, Tile, Tiles
+from vgen.layers.mlp import swiglu_width
+from vgen.layers.tiles import FEW, MEASURED, Product, Tile, Tiles, tiles_for
 
 CLASSES = (2, 4, 8, 16, 32, FEW)
 """Most rows of the classes that have tiles of their own."""
@@ -60,8 +61,8 @@ def write_tiles(path: str | Path, chosen: Tiles) -> None:
     Path(path).write_text(json.dumps(table, indent=1) + "\n")
 
 
-def read_tiles(path: str | Path) -> Tiles:
-    """The measured table with the classes of a file in place of its own.
+def read_tiles(path: str | Path, dim: int) -> Tiles:
+    """The measured table of networks of a width with the classes of a file in place of its own.
 
     Raises:
         UserError: if the file is no such table.
@@ -69,7 +70,8 @@ def read_tiles(path: str | Path) -> Tiles:
     try:
         given = json.loads(Path(path).read_text())
         table = {}
-        for product, entries in MEASURED.items():
+        for product in MEASURED:
+            entries = tiles_for(product, swiglu_width(dim) if product == "w2" else dim)
             own = {int(most): None if tile is None else Tile(**tile) for most, tile in given.get(product, [])}
             table[product] = tuple(sorted((dict(entries) | own).items()))
     except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -126,7 +126,7 @@ def test_every_measurement_and_the_tables(arguments, tmp_path, monkeypatch):
     assert before[-1]["final"]
     assert before[-1]["scale"] == min(tried, key=tried.__getitem__)
     lines = [json.dumps(row) for row in before]
-    (out / "samples.jsonl").write_text("\n".join(lines[:1]) + "\n" + lines[1][:20] + "\n")
+    (out / "samples.jsonl").write_text("\n".join(lines[:1]) + "\n" + lines[1][:20])
     comparison.measure("samples-titok_ar")
     again = rows(out, "samples")
     assert [(row["scale"], row["final"]) for row in again] == [(row["scale"], row["final"]) for row in before]

@@ -27,13 +27,14 @@ def test_devices_are_those_that_are_visible(monkeypatch):
     assert only_device(3, {"A": "b"}) == {"A": "b"}
 
 
-def test_a_failure_is_told_and_leaves_the_others_running(tmp_path):
+def test_a_failure_is_told_and_leaves_the_others_running(tmp_path, capsys):
     commands = [
         python("bad", "raise SystemExit('no such thing')", tmp_path),
         python("good", f"import time; time.sleep(1); open({str(tmp_path / 'done')!r}, 'w')", tmp_path),
     ]
-    with pytest.raises(UserError, match="bad failed with status 1:\nno such thing"):
+    with pytest.raises(UserError, match=f"failed: bad; see {tmp_path / 'bad.log'}"):
         run_side_by_side(commands, per_device=2)
+    assert "bad failed with status 1:\nno such thing" in capsys.readouterr().out
     assert (tmp_path / "done").is_file()
 
 
@@ -52,15 +53,37 @@ def test_commands_run_after_what_they_need_and_a_failure_stops_only_what_needs_i
         touches("last", "bad", "after-bad", "one", "two", alone=True),
     ]
     finished = []
-    with pytest.raises(UserError, match="bad failed with status 1:\nbroken\nwithout-result failed with status 0"):
+    with pytest.raises(UserError, match="failed: bad, without-result;"):
         run_side_by_side(commands, per_device=2, finished=lambda command, seconds: finished.append(command.name))
     assert finished == ["one", "two", "last"]
-    assert "broken" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "bad failed with status 1:\nbroken" in told
+    assert "without-result ended without its result" in told
     # What is done is not done again, and what failed is tried again.
     (tmp_path / "bad").touch()
     (tmp_path / "never").touch()
     run_side_by_side(lambda: commands, per_device=2, finished=lambda command, seconds: finished.append(command.name))
     assert finished == ["one", "two", "last", "after-bad"]
+
+
+def test_a_command_that_wants_to_be_alone_is(tmp_path):
+    def timed(name, **options):
+        code = "import time; b = time.time(); time.sleep(0.5); print(b, time.time())"
+        return python(name, code, tmp_path, **options)
+
+    names = ("first", "alone", "last")
+    run_side_by_side([timed(name, alone=name == "alone") for name in names], per_device=3)
+    times = {name: [float(part) for part in (tmp_path / f"{name}.log").read_text().split()] for name in names}
+    for other in ("first", "last"):
+        assert times["alone"][1] <= times[other][0] or times[other][1] <= times["alone"][0]
+    run_side_by_side([timed("alone", alone=True), timed("last")], per_device=3)
+    times = {name: [float(part) for part in (tmp_path / f"{name}.log").read_text().split()[2:]] for name in names[1:]}
+    assert times["alone"][1] <= times["last"][0]
+
+
+def test_no_place_for_commands_is_refused(tmp_path):
+    with pytest.raises(UserError, match="give 1 or more"):
+        run_side_by_side([python("never", "", tmp_path)], per_device=0)
 
 
 def test_the_limit_stops_all(tmp_path):
@@ -86,15 +109,17 @@ def test_commands_share_the_cores(given, count, threads, tmp_path, monkeypatch):
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     show = "import os; print(os.environ.get('OMP_NUM_THREADS'))"
-    run_side_by_side([python(str(number), show, tmp_path) for number in range(count)], per_device=3)
+    done = [python(f"done {number}", show, tmp_path, done=lambda: True) for number in range(2)]
+    run_side_by_side(done + [python(str(number), show, tmp_path) for number in range(count)], per_device=3)
     assert [(tmp_path / f"{number}.log").read_text().strip() for number in range(count)] == [threads] * count
 
 
-def test_a_stop_reaches_every_command(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_reaches_every_command(number, tmp_path):
     child = (
         "import pathlib, signal, sys, time\n"
         "here = pathlib.Path(sys.argv[1])\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (here.with_suffix('.saved').touch(), sys.exit(3)))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), here.with_suffix('.saved').touch(), sys.exit(3)))\n"
         "here.touch()\n"
         "time.sleep(60)\n"
     )
@@ -112,7 +137,10 @@ def test_a_stop_reaches_every_command(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(number)
+    time.sleep(0.5)
+    # An impatient second one does not keep the commands from saving.
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
     assert (tmp_path / "a.saved").is_file()
     assert (tmp_path / "b.saved").is_file()

@@ -361,7 +361,7 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     assert max(errors) < 3e-3
     assert tiles_for("wo", 1024) is MEASURED["wo"]
     try:
-        use_tiles(read_tiles(path))
+        use_tiles(read_tiles(path, 1024))
         for product in MEASURED:
             entries = tiles_for(product, 5000)
             assert [most for most, _ in entries] == [2, 4, 8, 16, 32, 64]
@@ -371,9 +371,12 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
             assert given[8] is None or given[8].columns in known
     finally:
         use_tiles(None)
+    # What the file does not have is that of the network's width.
+    long = read_tiles(path, 1280)
+    assert [long[product][0] for product in MEASURED] == [tiles_for(product, 9000)[0] for product in MEASURED]
     path.write_text("[]")
     with pytest.raises(UserError, match="not a table of tiles"):
-        read_tiles(path)
+        read_tiles(path, 1024)
 
 
 @pytest.mark.parametrize("vendor", [("project", "gate"), ("wo", "w2"), ("wo",), ("gate",), ("w2",)], ids="-".join)

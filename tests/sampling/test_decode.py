@@ -22,6 +22,20 @@ def test_greedy_cached_decoding_equals_uncached_teacher_forcing():
         assert torch.equal(generator.logits(ids, LABELS, PLAN).argmax(-1), ids)
 
 
+def test_logits_of_half_precision_are_guided_in_float32(monkeypatch):
+    generator = tiny_generator(PLAN).bfloat16()
+    shared = {"sampling": Sampling(guidance=Guidance(scale=2.5)), "sample_index": INDEX}
+    traced, again = [], []
+    ids = decode(generator, PLAN, LABELS, trace=lambda _, logits: traced.append(logits), **shared)
+    assert all(logits.dtype == torch.float32 for logits in traced)
+    step = generator.step
+    monkeypatch.setattr(generator, "step", lambda *given, **options: step(*given, **options).float())
+    assert torch.equal(decode(generator, PLAN, LABELS, trace=lambda _, x: again.append(x), **shared), ids)
+    assert all(map(torch.equal, traced, again))
+    with torch.inference_mode():
+        assert generator.logits(ids, LABELS, PLAN).dtype == torch.float32
+
+
 def test_traced_guided_logits_equal_the_formula_on_teacher_forced_logits():
     generator = tiny_generator(PLAN)
     guidance = Guidance(scale=2.5, schedule="linear", start=1, end=9)
