@@ -353,6 +353,7 @@ def test_the_best_of_a_sweep_becomes_the_table(capsys, tmp_path, monkeypatch):
     # The interpreter takes a second for three tiles.
     monkeypatch.setattr(kernel_benchmark, "swiglu_width", lambda dim: 48)
     monkeypatch.setattr(kernel_benchmark, "candidates", lambda product, rows: candidates(product, rows)[:1])
+    monkeypatch.setattr(kernel_benchmark, "TRIED", 1)
     tiny = ["--size", "tiny", "--layers", "1", "--device", "cpu", "--dtype", "float16", "--vocab", "40"]
     kernel_benchmark.main([*tiny, "--rows", "7", "--sweep", "--choose", str(path)])
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| 7 ")]
