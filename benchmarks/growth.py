@@ -11,7 +11,7 @@ from the rows there are.
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -78,13 +78,19 @@ def take(point: Point, arguments: argparse.Namespace, ceilings: Ceilings, device
     return asdict(row) | asdict(point)
 
 
+def _place(row: dict[str, Any]) -> tuple[int, str, int, int, int]:
+    """By sweep and order, then as the sweep grows."""
+    tokens = torch.Size(parse_grid(row["grid"])).numel()
+    return SWEEPS.index(row["sweep"]), row["order"], list(SIZES).index(row["size"]), tokens, row["batch"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of all rows."""
     lines = [
         "| sweep | order | size | grid | batch | passes | seconds | images/s | of bound | GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(rows, key=lambda row: (SWEEPS.index(row["sweep"]), row["order"])):
+    for row in sorted(rows, key=_place):
         start = f"| {row['sweep']} | {row['order']} | {row['size']} | {row['grid']} | {row['batch']} "
         if row["seconds"] is None:
             lines.append(start + "| | out of memory | | | |")
@@ -105,6 +111,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2))
     known = [row for row in rows if row["seconds"] is not None]
+    sizes = [size for size in SIZES if any(row["size"] == size for row in known)]
     for order in dict.fromkeys(row["order"] for row in known):
         mine = [row for row in known if row["order"] == order]
         curve = sorted((row["batch"], row["images_per_s"]) for row in mine if row["sweep"] == "batch")
@@ -115,12 +122,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes[1].plot(*zip(*curve, strict=True), marker=".", label=order)
         for batch in sorted({row["batch"] for row in mine if row["sweep"] == "size"}):
             chosen = [row for row in mine if row["sweep"] == "size" and row["batch"] == batch]
-            curve = sorted((list(SIZES).index(row["size"]), row["seconds"]) for row in chosen)
+            curve = sorted((sizes.index(row["size"]), row["seconds"]) for row in chosen)
             axes[2].plot(*zip(*curve, strict=True), marker=".", label=f"{order}, batch {batch}")
     axes[0].set(xlabel="batch", ylabel="images/s", xscale="log", yscale="log")
     axes[1].set(xlabel="tokens", ylabel="seconds per batch", xscale="log", yscale="log")
     axes[2].set(xlabel="size", ylabel="seconds per batch", yscale="log")
-    axes[2].set_xticks(range(len(SIZES)), list(SIZES))
+    axes[2].set_xticks(range(len(sizes)), sizes)
     for each in axes:
         each.grid(alpha=0.3, which="both")
         if each.lines:
@@ -151,22 +158,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _point(row: dict[str, Any]) -> Point:
+    return Point(**{name: row[name] for name in Point.__dataclass_fields__})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing."""
     given = parse(arguments)
     with reported():
         begin, out = time.perf_counter(), Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
-        done = {Point(**{name: row[name] for name in Point.__dataclass_fields__}) for row in rows(out, "growth")}
+        done = {_point(row): row for row in rows(out, "growth")}
         device = pick_device(given.device)
         ceilings = measure_ceilings(device, pick_dtype(given.dtype))
         for point in points(given):
+            same = next((row for other, row in done.items() if replace(other, sweep=point.sweep) == point), None)
             if point in done:
+                continue
+            if same is not None:
+                # Where sweeps meet, one measurement serves them all.
+                add(out, "growth", same | asdict(point))
                 continue
             if time.perf_counter() - begin > given.seconds:
                 print("out of time: repeat the command to go on")
                 break
-            add(out, "growth", take(point, given, ceilings, device))
+            done[point] = take(point, given, ceilings, device)
+            add(out, "growth", done[point])
         found = rows(out, "growth")
         (out / "growth.md").write_text(table(found))
         plot(found, out / "growth.png")

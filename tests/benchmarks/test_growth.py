@@ -34,7 +34,9 @@ WORDS = [
 ]
 
 
-def test_every_point_is_measured_once_and_a_stopped_run_goes_on(tmp_path, capsys):
+def test_every_point_is_measured_once_and_a_stopped_run_goes_on(tmp_path, capsys, monkeypatch):
+    measured, take = [], growth.take
+    monkeypatch.setattr(growth, "take", lambda point, *given: measured.append(point) or take(point, *given))
     growth.main([*WORDS, "--out", str(tmp_path), "--seconds", "0"])
     assert "repeat the command" in capsys.readouterr().out
     growth.main([*WORDS, "--out", str(tmp_path)])
@@ -49,6 +51,10 @@ def test_every_point_is_measured_once_and_a_stopped_run_goes_on(tmp_path, capsys
         ("grid", "2x2", 2),
         ("grid", "4x4", 2),
     ]
+    # Where sweeps meet there is one measurement: batches 1 and 2 on 4x4 are also the size and a grid.
+    assert [(point.grid, point.batch) for point in measured] == [("4x4", 1), ("4x4", 2), ("2x2", 2)]
+    assert rows[2]["seconds"] == rows[0]["seconds"]
+    assert rows[4]["seconds"] == rows[1]["seconds"]
     assert all(row["passes"] == 2 * int(row["grid"][0]) - 1 and row["images_per_s"] > 0 for row in rows)
     assert (tmp_path / "growth.png").stat().st_size > 1000
     assert (tmp_path / "growth.md").read_text().count("neighboring") == 5
