@@ -37,6 +37,7 @@ from vgen.generators.block import Block, BlockShape
 from vgen.layers import early_launch, fused
 from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
+from vgen.layers.handoff import Handoff
 from vgen.layers.mlp import SwiGLU, swiglu_width
 from vgen.layers.norm import RMSNorm
 from vgen.layers.tiles import FEW, Product, Tile, best_tile, use_tiles
@@ -46,7 +47,8 @@ HEADER = "| rows | step | tile | us | TB/s | plain us | times faster | error | p
 CACHE_ROWS = 64
 WRONG = 0.02  # error of half precision that is not rounding
 WORKERS = 12  # processes that compile
-TRIED = 5  # tiles of a product that are tried in a layer
+TRIED = 6  # tiles of a product that are tried in a layer
+ROUNDS = 2  # over the products of a layer, as the best tile of one depends on the others'
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Case:
         x: residual stream [B, 1, dim].
         hidden: inside the feed-forward layer, [B, 1, hidden].
         view: rotary rows, cache of one layer and cache rows.
+        arrivals: where programs that share columns count, [layers, dim]; cleared in front of the first layer.
+        ready: what the kernel in front of a norm of x leaves for it.
     """
 
     blocks: list[Block]
@@ -66,6 +70,8 @@ class Case:
     x: Tensor
     hidden: Tensor
     view: View
+    arrivals: Tensor
+    ready: Handoff
 
     @classmethod
     def make(cls, blocks: list[Block], matrices: list[Tensor], rows: int) -> "Case":
@@ -94,17 +100,27 @@ class Case:
             prefix=6,
         )
         x, hidden = (torch.randn(rows, 1, n, device=device).to(dtype) for n in (dim, feed_forward.w1.out_features))
-        return cls(blocks, matrices, x, hidden, view)
+        arrivals = torch.zeros(len(blocks), dim, dtype=torch.int32, device=device)
+        return cls(blocks, matrices, x, hidden, view, arrivals, _hand_off(x, blocks[0]))
 
     def exact(self) -> "Case":
         """The first layer and its inputs in float32."""
         case = Case.make([copy.deepcopy(self.blocks[0]).float()], [self.matrices[0].float()], len(self.x))
         view = View(**{**vars(case.view), "rope": self.view.rope})
-        return Case(case.blocks, case.matrices, self.x.float(), self.hidden.float(), view)
+        x = self.x.float()
+        return replace(case, x=x, hidden=self.hidden.float(), view=view, ready=_hand_off(x, case.blocks[0]))
 
     def matrix(self, block: Block) -> Tensor:
         """The output head that is read where this block is run."""
         return self.matrices[self.blocks.index(block)]
+
+
+def _hand_off(x: Tensor, block: Block) -> Handoff:
+    """What a product by 16 programs leaves for a norm of x; the scales of all norms are the same here."""
+    scale = parts(block)[0].weight
+    assert scale is not None
+    squares = x.flatten(0, 1).float().square().unflatten(1, (16, -1)).sum(2).t()
+    return Handoff(x, x * scale, squares.contiguous())
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,7 @@ def _our_project(case: Case, block: Block, tile: Tile | None) -> Tensor:
     targets = (query, *case.view.cache.buffer[0], case.view.rope, case.view.rows)
     norm, weight = parts(block)[0], attention.wqkv.weight
     if tile:
-        fused.project_rows(case.x, norm, weight, *targets, tile)
+        fused.project_rows(case.x, norm, weight, *targets, tile, ready=case.ready)
     else:
         fused.rotate_many(F.linear(fused.norm_many(case.x, norm)[1], weight), *targets)
     if len(case.blocks) > 1:
@@ -167,17 +183,21 @@ def _plain_gate(case: Case, block: Block) -> Tensor:
 def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     _, norm, feed_forward = parts(block)
     if tile:
-        return fused.gate_rows(case.x, norm, feed_forward.merged(), tile)
+        return fused.gate_rows(case.x, norm, feed_forward.merged(), tile, ready=case.ready)
     return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
 
 
 def _our_read(case: Case, block: Block, tile: Tile | None) -> Tensor:
     weight = case.matrix(block)
-    return fused.add_rows(case.x, weight, None, tile, dtype=torch.float32) if tile else F.linear(case.x, weight)
+    return fused.add_rows(case.x, weight, None, tile, dtype=torch.float32)[0] if tile else F.linear(case.x, weight)
 
 
-def _our_sum(x: Tensor, weight: Tensor, residual: Tensor, tile: Tile | None) -> Tensor:
-    return fused.add_rows(x, weight, residual, tile) if tile else fused.add_product(residual, x, weight)
+def _our_sum(case: Case, block: Block, x: Tensor, weight: Tensor, tile: Tile | None) -> Tensor:
+    if not tile:
+        return fused.add_product(case.x, x, weight)
+    if block is case.blocks[0] and tile.splits > 1:
+        case.arrivals.zero_()
+    return fused.add_rows(x, weight, case.x, tile, arrivals=case.arrivals[case.blocks.index(block)])[0]
 
 
 def steps_of(case: Case) -> list[Step]:
@@ -193,7 +213,7 @@ def steps_of(case: Case) -> list[Step]:
             "add (wo)",
             out,
             lambda case, block: case.x + block.attention.wo(case.x),
-            lambda case, block, tile: _our_sum(case.x, block.attention.wo.weight, case.x, tile),
+            lambda case, block, tile: _our_sum(case, block, case.x, block.attention.wo.weight, tile),
             "wo",
         ),
         Step("gate", 2 * first, _plain_gate, _our_gate, "gate"),
@@ -201,7 +221,7 @@ def steps_of(case: Case) -> list[Step]:
             "add (w2)",
             second,
             lambda case, block: case.x + parts(block)[2].w2(case.hidden),
-            lambda case, block, tile: _our_sum(case.hidden, parts(block)[2].w2.weight, case.x, tile),
+            lambda case, block, tile: _our_sum(case, block, case.hidden, parts(block)[2].w2.weight, tile),
             "w2",
         ),
         Step(
@@ -315,7 +335,12 @@ def our_layer(case: Case) -> float:
     def ours(block: Block, x: Tensor) -> Tensor:
         first, second, feed_forward = parts(block)
         query = fused.before(x, first, block.attention, case.view, 0)
-        return fused.behind(x, query.transpose(1, 2).flatten(2), second, block.attention, feed_forward)
+        seen = query.transpose(1, 2).flatten(2)
+        # The next block's norm has the same scale as the first one's.
+        out, case.view.relay.last = fused.behind(
+            x, seen, second, block.attention, feed_forward, following=parts(case.blocks[0])[0]
+        )
+        return out
 
     return _chain(case, ours)
 
@@ -360,9 +385,11 @@ def swept_layer(
                 if seconds < fastest:
                     fastest = seconds
                     chosen.update({key: tile and replace(tile, early=wanted) for key, tile in tiles.items()})
-        for product, best in ranked.items():
-            for tile in best[:TRIED] if product != "read" else ():
+        for product in [product for product in ranked if product != "read"] * ROUNDS:
+            for tile in ranked[product][:TRIED]:
                 changed = chosen | {product: tile}
+                if changed == chosen:
+                    continue
                 use_tiles({name: ((FEW, other),) for name, other in changed.items()})
                 seconds = our_layer(case)
                 yield (

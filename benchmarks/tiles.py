@@ -27,24 +27,17 @@ def candidates(product: Product, rows: int) -> list[Tile]:
     if rows <= 4:
         cuts = [(4, 512, 2), (4, 1024, 4), (8, 1024, 4), (8, 2048, 8)]
         tiles = [Tile("by_row", columns, inner, warps) for columns, inner, warps in cuts]
-    few = 1 if rows > 16 else 2
-    tiles += [Tile("held", 16, 128, 4, few, parts=4), Tile("held", 16, 64, 4, 2 * few, parts=4)]
-    tiles += [Tile("held", 32, 128, 8, few, parts=4), Tile("held", 32, 128, 4, few, parts=2)]
-    if rows <= 32:
-        tiles += [Tile("held", 8, 128, 4, few, parts=8), Tile("held", 16, 256, 4, 1, parts=4)]
-        # The last leaves room for a neighbour with 32 rows too.
-        tiles += [Tile("held", 16, 128, 8, few, parts=8), Tile("held", 8, 64, 4, 1, parts=8)]
+    held = [(16, 128, 4, 4, 1), (16, 256, 4, 4, 1), (32, 128, 4, 2, 1), (32, 256, 4, 2, 1), (32, 512, 4, 2, 1)]
+    held += [(64, 256, 4, 1, 1), (64, 512, 4, 1, 1), (32, 128, 8, 4, 1), (8, 128, 4, 8, 1), (16, 128, 8, 8, 1)]
     if rows > 8:
-        # Rows enough for their way to the multiprocessors to count: more of them in flight, or by more warps.
-        tiles += [Tile("held", 16, 128, 8, few, parts=4), Tile("held", 16, 64, 8, 4, parts=4)]
-        tiles += [Tile("held", 8, 128, 8, 1, parts=8), Tile("held", 32, 128, 4, 2 * few, parts=2)]
-    if product in ("project", "gate"):
-        tiles += [Tile("held", 64, 128, 4, few), Tile("held", 64, 128, 8, few, parts=2)]
-        if rows > 8:
-            tiles += [Tile("held", 64, inner, 4, stages) for inner, stages in ((128, 4), (128, 8), (64, 4), (64, 8))]
-    if product == "w2" and rows > 8:
-        cuts = [(32, 128, 2, 4), (32, 64, 2, 4), (16, 128, 4, 2), (64, 128, 1, 8), (32, 128, 2, 2)]
-        tiles += [Tile("held", c, inner, 4, 2, parts=parts, splits=splits) for c, inner, parts, splits in cuts]
+        held += [(64, 128, 4, 1, 1), (64, 1024, 4, 1, 1), (64, 128, 8, 2, 1)]
+    if product == "w2" and rows > 2:
+        held += [(64, 128, 4, 1, 4), (64, 256, 4, 1, 4), (64, 64, 4, 1, 4), (32, 128, 4, 2, 4), (32, 256, 4, 2, 4)]
+        held += [(64, 128, 4, 1, 8), (32, 128, 4, 2, 2), (32, 128, 8, 4, 2), (16, 128, 4, 4, 2)]
+    # As many tiles of x in flight as there is room for.
+    tiles += [Tile("held", c, inner, warps, 8, parts=parts, splits=splits) for c, inner, warps, parts, splits in held]
+    # Fewer leave room for a neighbour.
+    tiles += [Tile("held", 32, 128, 4, 2, parts=2), Tile("held", 16, 256, 4, 1, parts=4)]
     tiles += [Tile("streamed", 16, 128, 2, 4), Tile("streamed", 16, 128, 2, 5, early=False)]
     if product != "gate":
         return tiles

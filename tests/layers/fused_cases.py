@@ -21,7 +21,7 @@ from vgen.layers import attention, fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
 from vgen.layers.norm import RMSNorm
-from vgen.layers.tiles import MEASURED, Tile, best_tile, tiles_for, use_tiles
+from vgen.layers.tiles import FEW, MEASURED, Tile, best_tile, tiles_for, use_tiles
 from vgen.sampling.decode import decode
 from vgen.sampling.engine import Decoder
 from vgen.sampling.settings import Guidance, Sampling
@@ -84,7 +84,7 @@ def test_products_of_few_rows(rows, dtype, width, outer):
 
     for tile in tiles(rows):
         got = (
-            fused.add_rows(low[0], low[1], low[3], tile),
+            fused.add_rows(low[0], low[1], low[3], tile)[0],
             fused.gate_rows(low[0], low_norm, torch.cat([low[1], low[2]]), tile),
         )
         for mine, theirs, best in zip(got, plain(low_norm, *low), plain(exact_norm, *exact), strict=True):
@@ -103,17 +103,17 @@ def test_products_of_few_rows(rows, dtype, width, outer):
 )
 def test_programs_that_share_the_inner_axis(rows, width, tile):
     x, weight, residual = (torch.randn(*shape).half() for shape in [(1, rows, width), (12, width), (1, rows, 12)])
-    got = fused.add_rows(x, weight, residual, tile)
+    got, _ = fused.add_rows(x, weight, residual, tile)
     plain = residual + F.linear(x, weight)
     assert_as_good(got, plain, residual.float() + F.linear(x.float(), weight.float()))
-    assert torch.equal(got, fused.add_rows(x, weight, residual, tile))
+    assert torch.equal(got, fused.add_rows(x, weight, residual, tile)[0])
 
 
 def test_a_block_whose_products_share_the_inner_axis_is_right_again_and_again(monkeypatch):
     block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
     x, seen = (torch.randn(3, 1, 32).half() for _ in range(2))
     given = (x, seen, block.ffn_norm, block.attention, block.feed_forward)
-    expected = fused.behind(*given)
+    expected, _ = fused.behind(*given)
     # What the counters hold at first must not matter.
     monkeypatch.setattr(fused, "_arrivals", lambda *given, make=fused._arrivals: make(*given).fill_(7))
     shared = Tile("held", 8, 16, 4, 2, splits=2)
@@ -121,7 +121,7 @@ def test_a_block_whose_products_share_the_inner_axis_is_right_again_and_again(mo
         use_tiles({product: ((64, replace(shared, splits=2 if product == "w2" else 1)),) for product in MEASURED})
         assert best_tile("w2", 3, block.feed_forward.w2.in_features).splits == 2
         for _ in range(2):
-            torch.testing.assert_close(fused.behind(*given), expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(fused.behind(*given)[0], expected, rtol=1e-2, atol=1e-2)
     finally:
         use_tiles(None)
     with pytest.raises(ValueError, match="splits=1"):
@@ -187,6 +187,73 @@ def test_projections_reach_the_cache(batch, fed, dtype, heads, kv_heads, head_di
     torch.testing.assert_close(view.cache.buffer, low[1])
 
 
+@pytest.mark.parametrize(("rows", "affine"), [(2, True), (3, False), (7, True), (20, True)])
+@pytest.mark.parametrize(
+    "sum_tile", [Tile("held", 8, 16, 4, 1), Tile("held", 8, 16, 4, 2, splits=2)], ids=["", "shared"]
+)
+def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, sum_tile):
+    norm, attention, view, seen = attention_case(
+        torch.float16, batch=rows, fed=1, heads=2, kv_heads=1, head_dim=20, rope="shared", rows="consecutive"
+    )
+    norm = norm if affine else norm_of(40, affine=False)
+    x, ready = fused.add_rows(seen, attention.wo.weight, torch.randn_like(seen), sum_tile, following=norm)
+    assert ready.of is x
+    assert ready.squares.shape == (5, rows)
+    torch.testing.assert_close(ready.squares.sum(0), x.flatten(0, 1).float().square().sum(1))
+    torch.testing.assert_close(ready.scaled, x * norm.weight if affine else x, rtol=1e-3, atol=1e-3)
+    gates = torch.randn(2 * 12, 40).half()
+    normal = norm(x.float())
+    query = x.new_empty(rows, 1, 2, 20)
+    targets = (query, *view.cache.buffer[1], view.rope, view.rows)
+    for tile in tiles(rows):
+        # What is ready is taken: the input itself is not looked at.
+        blind = torch.full_like(x, torch.nan)
+        got = fused.gate_rows(blind, norm, gates, tile, ready=ready)
+        a, b = F.linear(normal, gates.float()).chunk(2, -1)
+        torch.testing.assert_close(got.float(), F.silu(a) * b, rtol=2e-2, atol=2e-2)
+        fused.project_rows(blind, norm, attention.wqkv.weight, *targets, tile, ready=ready)
+        expected = attention.project(norm(x), view.rope)[0]
+        torch.testing.assert_close(query.transpose(1, 2), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("batch", [2, 30])
+def test_tokens_become_vectors(batch, own):
+    table, ids = torch.randn(11, 24).half(), torch.randint(11, (batch, 7))[:, :6]
+    index = torch.randint(6, (batch, 3)) if own else torch.tensor([4, 0, 5])
+    expected = table[ids.gather(1, index) if own else ids[:, index]]
+    norm = norm_of(24).half()
+    got, ready = fused.embed(table, ids, index, following=norm)
+    assert torch.equal(got, expected)
+    if batch * 3 > FEW:
+        assert ready is None
+    else:
+        assert ready.of is got
+        assert torch.equal(ready.scaled, expected * norm.weight)
+        torch.testing.assert_close(ready.squares[0], expected.flatten(0, 1).float().square().sum(1))
+    assert fused.embed(table, ids, index)[1] is None
+    assert fused.can_embed(torch.nn.Embedding(3, 4))
+    assert not fused.can_embed(torch.nn.Embedding(3, 4, max_norm=1.0))
+    with torch.enable_grad():
+        assert not fused.can_embed(torch.nn.Embedding(3, 4))
+
+
+def test_every_norm_of_a_pass_finds_what_was_left_for_it(monkeypatch):
+    plan = raster(grid=(2, 3))
+    generator = tiny_generator(plan).half()
+    generator.fuse_decoding()
+    found = []
+    for name in ("project_rows", "gate_rows"):
+        run = getattr(fused, name)
+        monkeypatch.setattr(
+            fused, name, lambda *given, run=run, **more: found.append(more["ready"] is not None) or run(*given, **more)
+        )
+    decode(generator, plan, torch.tensor([1, 2]), sampling=Sampling(), sample_index=torch.arange(2))
+    # The first pass feeds the condition, which no kernel of ours made.
+    first = [False, True, True, True]
+    assert found == first + [True] * 4 * (plan.num_tokens - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_lies_between_products_of_many_rows(dtype):
     x, delta, both = (torch.randn(5, 14, width).to(dtype) for width in (48, 48, 40))
@@ -202,7 +269,7 @@ def test_what_lies_between_products_of_many_rows(dtype):
 def test_results_do_not_change_from_run_to_run(batch):
     block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
     x, seen = (torch.randn(batch, 1, 32).half() for _ in range(2))
-    runs = [fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward) for _ in range(2)]
+    runs = [fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)[0] for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -218,7 +285,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_decoding_draws_the_tokens_of_the_plain_network(name):
     plan = PLANS[name]
-    generator = tiny_generator(plan, kv_heads=1, depth=1)
+    generator = tiny_generator(plan, kv_heads=1)
     labels = torch.tensor([1, 2])
     shared = {"sampling": Sampling(seed=1, guidance=Guidance(scale=2.0, end=4)), "sample_index": torch.arange(2)}
     expected = decode(generator, plan, labels, **shared)
@@ -385,10 +452,10 @@ def test_products_by_the_library_mix_with_our_own(vendor):
     block = tiny_generator(raster(grid=(2, 2))).half().layers[0]
     x, seen = (torch.randn(5, 1, 32).half() for _ in range(2))
     given = x.clone()
-    expected = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
+    expected, _ = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
     try:
         use_tiles(MEASURED | {product: ((64, None),) for product in vendor})
-        mixed = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
+        mixed, _ = fused.behind(x, seen, block.ffn_norm, block.attention, block.feed_forward)
     finally:
         use_tiles(None)
     torch.testing.assert_close(mixed, expected, rtol=1e-2, atol=1e-2)
@@ -404,13 +471,13 @@ def test_long_rows_get_tiles_that_fit():
             tile = best_tile("project", rows, width)
             assert (tile.kind, tile.warps) == ("held", 4)
             assert tile.columns * tile.parts == 64
-    assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "streamed"
-    # The squares of long rows share the registers with their weights.
-    assert [best_tile("project", 16, width).inner for width in (1024, 1536, 3200)] == [256, 256, 128]
-    assert best_tile("w2", 32, 3200).inner == 128
-    assert [best_tile("project", 2, width).columns for width in (1024, 1280)] == [32, 16]
-    assert best_tile("read", 2, 1024).warps < best_tile("read", 2, 8192).warps
-    # What is held comes before what is in flight.
-    assert [best_tile("project", 32, width).stages for width in (1024, 1280, 1536)] == [8, 7, 3]
+    assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "held"
+    assert best_tile("wo", 32, 8704, shared_bytes=101376).kind == "streamed"
+    # Steps that would be filled up by more than a sixth are narrower, like those for which there is no room.
+    assert [best_tile("wo", 8, width).inner for width in (1024, 1280, 1536)] == [512, 128, 256]
+    assert [best_tile("wo", 32, width).inner for width in (1024, 1280, 1536)] == [1024, 256, 256]
+    assert best_tile("read", 2, 2048).warps < best_tile("read", 2, 16384).warps
+    # All that is in flight leaves no room for a step more, which anything else needs.
+    assert [best_tile("project", 32, width).stages for width in (1024, 1280, 1536)] == [1, 3, 1]
     assert best_tile("w2", 5, 40).inner == 16
     assert best_tile("wo", 65, 40) is None

@@ -103,11 +103,18 @@ def compiled_for_hopper(product, shape, rows, tile):
     )
     constants = fused.kernel_constants(torch.empty(*shape, device="meta"), tile, rows) | {"EARLY": True}
     heads = shape[1] // 64
-    constants |= {"SCALED": True, "HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
-    constants |= {"SPLITS": tile.splits, "CLEARED": 64}
+    constants |= {"HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
+    constants |= {"SPLITS": tile.splits, "CLEARED": 64, "SQUARED": True, "NEXT_SCALED": True, "PARTIALS": 16}
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    kinds = {"rope": "*fp32", "cache_rows": "*i64", "eps": "fp32", "shares": "*fp32", "arrivals": "*i32"}
+    kinds = {
+        "rope": "*fp32",
+        "cache_rows": "*i64",
+        "eps": "fp32",
+        "shares": "*fp32",
+        "squares": "*fp32",
+        "arrivals": "*i32",
+    }
     kinds |= dict.fromkeys(("rows", "fed", "rope_batch", "rows_batch", "cache_batch", "cache_head"), "i32")
     signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names}
     even = {
@@ -162,7 +169,7 @@ def compiles_without_spills(product, shape, rows, tile, tmp_path):
 
 @needs_triton
 def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
-    tile = replace(best_tile("project", 32, 1024), warps=8)
+    tile = Tile("held", 64, 128, 8, 2)
     code, beside = compiled_for_hopper("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False
     assert code.count("wgmma.wait_group") > 4
     for line in code.splitlines():

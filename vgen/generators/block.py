@@ -101,8 +101,10 @@ class Block(nn.Module):
         self.skip = nn.Linear(2 * dim, dim) if skip else None
         self.post_norm = shape.norm_position == "post"
         others = (self.cross_attention, self.modulation, self.skip)
-        self._fusible = not self.post_norm and all(other is None for other in others)
-        self._fusible &= fused.is_plain((self.attention_norm, self.ffn_norm), self.attention, self.feed_forward)
+        self.fusible = not self.post_norm and all(other is None for other in others)
+        # In a tuple, for it is a module of another block.
+        self._following: tuple[nn.Module, ...] = ()
+        self.fusible &= fused.is_plain((self.attention_norm, self.ffn_norm), self.attention, self.feed_forward)
 
     def forward(self, x: Tensor, view: View, layer: int, skipped: Tensor | None = None) -> Tensor:
         """Map x [B, F, dim]; ``layer`` indexes the cache in the view, ``skipped`` is like x."""
@@ -112,7 +114,7 @@ class Block(nn.Module):
         if self.post_norm:
             x = self.attention_norm(x + self.drop_path(self.attention(x, view, layer)))
             return self.ffn_norm(x + self.drop_path(self.feed_forward(x)))
-        if self.attention.fused and self._fusible and fused.can_run(x, self.attention, view):
+        if self.attention.fused and self.fusible and fused.can_run(x, self.attention, view):
             return self._fused(x, view, layer)
         window = None
         if view.cache is not None and view.row_start >= 0:
@@ -129,13 +131,18 @@ class Block(nn.Module):
             return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
         return self.behind(x, seen, changes[2:])
 
-    def fuse(self, enabled: bool) -> None:
+    def fuse(self, enabled: bool, following: "Block | None" = None) -> None:
         """Run decoding passes by the kernels of :mod:`vgen.layers.fused`, where those know this block, or not.
 
         They want two weights side by side, so these move once; what was recorded on them before must not run any more.
+
+        Args:
+            enabled: whether to.
+            following: the block that takes what this one gives; None = not known.
         """
         self.attention.fused = enabled
-        if enabled and self._fusible and isinstance(self.feed_forward, SwiGLU):
+        self._following = (following.attention_norm,) if following is not None and following.fusible else ()
+        if enabled and self.fusible and isinstance(self.feed_forward, SwiGLU):
             self.feed_forward.merged()
 
     def _fused(self, x: Tensor, view: View, layer: int) -> Tensor:
@@ -145,7 +152,12 @@ class Block(nn.Module):
         assert isinstance(self.feed_forward, SwiGLU)
         query = fused.before(x, self.attention_norm, self.attention, view, layer)
         seen = self.attention.look(query, None, None, view, layer)
-        return fused.behind(x, seen, self.ffn_norm, self.attention, self.feed_forward)
+        following = self._following[0] if self._following else None
+        assert following is None or isinstance(following, RMSNorm)
+        out, view.relay.last = fused.behind(
+            x, seen, self.ffn_norm, self.attention, self.feed_forward, following=following
+        )
+        return out
 
     def before(
         self, x: Tensor, rope: Tensor | None, changes: tuple[Tensor, ...], window: Tensor | None

@@ -8,6 +8,7 @@ MaskGIT, TiTok and TA-TiTok (MaskGen).
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any, Literal
 
@@ -34,8 +35,10 @@ from vgen.generators.latent_head import LatentEmbedding, LatentHead
 from vgen.generators.places import Located, Places, mask_padding, values_at
 from vgen.generators.plan_check import check_fits
 from vgen.generators.readout import Readout
+from vgen.layers import fused
 from vgen.layers.attention import View, additive_mask
 from vgen.layers.cache import KVCache
+from vgen.layers.handoff import Relay
 from vgen.layers.mlp import swiglu_width
 from vgen.layers.modulation import Modulation, Modulator
 from vgen.layers.norm import NormKind, make_norm
@@ -330,8 +333,10 @@ class Transformer(nn.Module):
         Sums of bfloat16 products round differently in them. The first call moves weights, see :meth:`Block.fuse`.
         """
         self.fused = enabled
+        following = {id(block): other for block, other in pairwise(self.layers)}
         for block in self._blocks():
-            block.fuse(enabled)
+            other = following.get(id(block))
+            block.fuse(enabled, other if isinstance(other, Block) else None)
 
     @property
     def num_condition(self) -> int:
@@ -437,12 +442,21 @@ class Transformer(nn.Module):
             seen["context_mask"] = (visible | ~visible.any(-1, keepdim=True))[:, None, None]
             # Passes after the one that feeds the condition find its keys and values in the cache.
             seen["context"] = context if len(feed.conditions) else None
-        x = self.embed(ids, condition, feed, places, blank)
+        relay = Relay()
+        x = self.embed(ids, condition, feed, places, blank, relay)
         if self.residual_dtype is not None and self._trains():
             x = x.to(self.residual_dtype)
-        return x, View(rope=rope, modulator=modulator, **seen)
+        return x, View(rope=rope, modulator=modulator, relay=relay, **seen)
 
-    def embed(self, ids: Tensor, condition: Tensor, feed: Feed, places: Places, blank: Tensor | None = None) -> Tensor:
+    def embed(
+        self,
+        ids: Tensor,
+        condition: Tensor,
+        feed: Feed,
+        places: Places,
+        blank: Tensor | None = None,
+        relay: Relay | None = None,
+    ) -> Tensor:
         """Embed the slots of a feed.
 
         Args:
@@ -451,6 +465,7 @@ class Transformer(nn.Module):
             feed: which slots.
             places: their raster positions.
             blank: bool [B, N], order indices whose tokens are embedded as zeros; null = none.
+            relay: takes what a kernel leaves for the first block.
 
         Returns:
             [B, F, dim], after token dropout.
@@ -460,7 +475,7 @@ class Transformer(nn.Module):
         if len(feed.conditions):
             parts.append(condition[:, feed.conditions])
         if feed.tokens.numel():
-            tokens = self.tok_embeddings(values_at(ids, feed.tokens, feed.token_start))
+            tokens = self._vectors(ids, feed, relay)
             if blank is not None:
                 tokens = tokens.masked_fill(values_at(blank, feed.tokens, feed.token_start)[..., None], 0.0)
             parts.append(tokens if everywhere else self.token_dropout(tokens))
@@ -477,6 +492,15 @@ class Transformer(nn.Module):
         if self.places is not None:
             out = out + self.places(feed.slots, places.own, places.target, prod(self.grid))
         return out if self.embedding_norm is None else self.token_dropout(self.embedding_norm(out))
+
+    def _vectors(self, ids: Tensor, feed: Feed, relay: Relay | None) -> Tensor:
+        """Vectors of the tokens that a feed holds, [B, number of tokens, dim]."""
+        table, first = self.tok_embeddings, self.layers[0]
+        if not self.fused or relay is None or not isinstance(table, nn.Embedding) or not fused.can_embed(table):
+            return table(values_at(ids, feed.tokens, feed.token_start))
+        norm = first.attention_norm if isinstance(first, Block) and first.fusible else None
+        vectors, relay.last = fused.embed(table.weight, ids, feed.tokens, following=norm)
+        return vectors
 
     def ask(self, positions: Tensor) -> Tensor:
         """Query embeddings [1 or B, n, dim] of raster positions int64 [n] or [B, n]: one vector, rotated per head."""

@@ -1,6 +1,6 @@
 """Multi-head self-attention with rotary codes; the one attention call of the project."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from vgen.layers.cache import KVCache
+from vgen.layers.handoff import Relay
 from vgen.layers.modulation import Modulator
 from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import rotate
@@ -33,6 +34,7 @@ class View:
         context: [B, T, dim], features beside the sequence for cross-attention; None = the network has none, or their
             keys and values are in the cache.
         context_mask: bool [B, 1, 1, T], True = visible; None = the network has no context.
+        relay: from block to block where kernels of :mod:`vgen.layers.fused` run both.
     """
 
     causal: bool
@@ -47,6 +49,7 @@ class View:
     context: Tensor | None = None
     context_mask: Tensor | None = None
     blocks: BlockMask | None = None
+    relay: Relay = field(default_factory=Relay)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, mask: Tensor | None, dropout: float) -> Tensor:

@@ -55,37 +55,17 @@ def _stack(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _unstack(stacked, COUNT: tl.constexpr):
-    """The tensors [1, 1] of one [1, COUNT]."""
-    if COUNT == 1:
-        return (stacked,)
-    elif COUNT == 2:
-        a, b = tl.split(stacked)
-        return (a[:, None], b[:, None])
-    else:
-        even, odd = tl.split(tl.reshape(stacked, [1, 2, 2]))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        return (a[:, None], b[:, None], c[:, None], d[:, None])
-
-
-@triton.jit
-def _row_tiles(x, scale, rows, K: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr):
-    """Rows of x [rows, K], each as float32 tiles [1, INNER], times the scale, and the squares of each, [1, INNER]."""
-    values, squares = (), ()
+def _row_tiles(x, rows, K: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """Rows of x [rows, K], each as float32 tiles [1, INNER]."""
+    values = ()
     for row in tl.static_range(ROWS):
         tiles = ()
-        square = tl.zeros([1, INNER], tl.float32)
         for chunk in tl.static_range((K + INNER - 1) // INNER):
             inner = (chunk * INNER + tl.arange(0, INNER))[None, :]
-            value = tl.load(x + row * K + inner, mask=(inner < K) & (row < rows), other=0.0).to(tl.float32)
-            square += value * value
-            if SCALED:
-                value = value * tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)
-            tiles = tiles + (value,)
+            value = tl.load(x + row * K + inner, mask=(inner < K) & (row < rows), other=0.0)
+            tiles = tiles + (value.to(tl.float32),)
         values = values + (tiles,)
-        squares = squares + (square,)
-    return values, squares
+    return values
 
 
 @triton.jit
@@ -103,35 +83,18 @@ def _partial_sums(weights, values, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _by_row(
-    x,
-    scale,
-    weights,
-    rows,
-    eps,
-    K: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALED: tl.constexpr,
-    ROWS: tl.constexpr,
-    INNER: tl.constexpr,
-):
-    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with tiles of a weight."""
-    values, squares = _row_tiles(x, scale, rows, K, SCALED, ROWS, INNER)
-    sums = tl.sum(_partial_sums(weights, values, ROWS), 1)
-    if NORM:
-        # The sums are linear in the row's factor: it is not waited for.
-        sums = sums * (1.0 / tl.sqrt(tl.sum(_stack(squares, ROWS), 1) / K + eps))
-    return tl.trans(sums)
+def _by_row(x, weights, rows, K: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr):
+    """Product float32 [ROWS, LINES] of x [rows, K] with tiles of a weight."""
+    values = _row_tiles(x, rows, K, ROWS, INNER)
+    return tl.trans(tl.sum(_partial_sums(weights, values, ROWS), 1))
 
 
 @triton.jit
 def _ask(
     weight,
-    scale,
     first,
     N: tl.constexpr,
     K: tl.constexpr,
-    SCALED: tl.constexpr,
     LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -143,24 +106,20 @@ def _ask(
     if KIND == BY_ROW:
         return _weight_tiles(weight, first, N, K, LINES, COLUMNS, INNER)
     elif KIND == STREAMED:
-        return (first,)
+        return ()
     else:
-        return ask_for_tiles(weight, scale, first, N, K, SCALED, LINES, COLUMNS, INNER, PARTS, SPLITS)
+        return ask_for_tiles(weight, first, N, K, LINES, COLUMNS, INNER, PARTS, SPLITS)
 
 
 @triton.jit
 def _product(
     x,
-    scale,
     weights,
     weight,
     first,
     rows,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALED: tl.constexpr,
     LINES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -170,25 +129,37 @@ def _product(
     KIND: tl.constexpr,
     FLYING: tl.constexpr,
 ):
-    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with rows of a weight [N, K], or [2 N, K].
+    """Product float32 [ROWS, LINES] of x [rows, K] with rows of a weight [N, K], or [2 N, K].
 
     Args:
         weights: what :func:`_ask` gave of the weight.
     """
     if KIND == BY_ROW:
-        return _by_row(x, scale, weights, rows, eps, K, NORM, SCALED, ROWS, INNER)
+        return _by_row(x, weights, rows, K, ROWS, INNER)
     elif KIND == STREAMED:
-        return stream_product(
-            x, scale, weight, first, rows, eps, N, K, NORM, SCALED, LINES, ROWS, COLUMNS, INNER, PARTS, SPLITS
-        )
+        return stream_product(x, weight, first, rows, N, K, LINES, ROWS, COLUMNS, INNER, PARTS, SPLITS)
     else:
-        return multiply_tiles(x, weights, rows, eps, K, NORM, LINES, ROWS, INNER, PARTS, SPLITS, FLYING)
+        return multiply_tiles(x, weights, rows, K, LINES, ROWS, INNER, PARTS, SPLITS, FLYING)
+
+
+@triton.jit
+def _ask_for_squares(squares, rows, PARTIALS: tl.constexpr, ROWS: tl.constexpr):
+    """Sums of squares of PARTIALS stretches of every row, float32 [a power of two, ROWS]."""
+    part = tl.arange(0, triton.next_power_of_2(PARTIALS))[:, None]
+    row = tl.arange(0, ROWS)[None, :]
+    return tl.load(squares + part * rows + row, mask=(part < PARTIALS) & (row < rows), other=0.0)
+
+
+@triton.jit
+def _normalised(sums, squares, eps, K: tl.constexpr):
+    """Sums [ROWS, LINES] times the factor of the norm: they are linear in it."""
+    return sums * (1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps))[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
 def project_rows(
     x,
-    scale,
+    squares,
     weight,
     query,
     key,
@@ -208,44 +179,31 @@ def project_rows(
     ROPE: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
-    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
     KIND: tl.constexpr,
     PARTS: tl.constexpr,
     FLYING: tl.constexpr,
+    PARTIALS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Norm, query-key-value projection, rotary code and cache write of few rows."""
+    """Query-key-value projection of a norm, rotary code and cache write of few rows.
+
+    Args:
+        x: [rows, K], what the norm is of, times its scale.
+        squares: float32 [PARTIALS, rows], sums of squares of stretches of the rows without the scale.
+    """
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = _ask(weight, scale, first, N, K, SCALED, COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
+    weights = _ask(weight, first, N, K, COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
     wait(EARLY)
     rotation = ask_for_rotation(
         rope, cache_rows, 0, first, rows, fed, rope_batch, rows_batch, HEADS, KV_HEADS, HEAD_DIM, ROPE, ROWS, COLUMNS
     )
-    sums = _product(
-        x,
-        scale,
-        weights,
-        weight,
-        first,
-        rows,
-        eps,
-        N,
-        K,
-        True,
-        SCALED,
-        COLUMNS,
-        ROWS,
-        COLUMNS,
-        INNER,
-        PARTS,
-        1,
-        KIND,
-        FLYING,
-    )
+    partials = _ask_for_squares(squares, rows, PARTIALS, ROWS)
+    sums = _product(x, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING)
+    sums = _normalised(sums, partials, eps, K)
     write_rotated(
         sums,
         rotation,
@@ -288,6 +246,9 @@ def add_rows(
     out,
     shares,
     arrivals,
+    next_scale,
+    scaled,
+    squares,
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -299,59 +260,52 @@ def add_rows(
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     FLYING: tl.constexpr,
+    SQUARED: tl.constexpr,
+    NEXT_SCALED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Product of few rows, x W^T, or residual + x W^T with ``ADD``.
 
     With SPLITS > 1 each of so many programs has a stretch of the inner axis, which leaves it less of x to fetch: it
     writes its share, float32 [SPLITS, rows, N], and the last of them to arrive adds all up, in their order.
+
+    For a norm behind it: with SQUARED every program leaves the sum of squares of its columns, with NEXT_SCALED also the
+    result times the norm's scale.
     """
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
     weight += tl.program_id(1) * (K // SPLITS)
-    weights = _ask(weight, x, first, N, K, False, COLUMNS, COLUMNS, INNER, PARTS, SPLITS, KIND)
+    weights = _ask(weight, first, N, K, COLUMNS, COLUMNS, INNER, PARTS, SPLITS, KIND)
+    column = (first + tl.arange(0, COLUMNS))[None, :]
+    if NEXT_SCALED:
+        factor = tl.load(next_scale + column, mask=column < N, other=0.0).to(tl.float32)
     wait(EARLY)
     row = tl.arange(0, ROWS)[:, None]
-    column = (first + tl.arange(0, COLUMNS))[None, :]
     place, here = row * N + column, (row < rows) & (column < N)
     if ADD:
         base = tl.load(residual + place, mask=here, other=0.0).to(tl.float32)
     x += tl.program_id(1) * (K // SPLITS)
-    sums = _product(
-        x,
-        x,
-        weights,
-        weight,
-        first,
-        rows,
-        0.0,
-        N,
-        K,
-        False,
-        False,
-        COLUMNS,
-        ROWS,
-        COLUMNS,
-        INNER,
-        PARTS,
-        SPLITS,
-        KIND,
-        FLYING,
-    )
+    sums = _product(x, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, SPLITS, KIND, FLYING)
+    mine = row < rows
     if SPLITS > 1:
         sums, last = _last_sum(sums, shares, arrivals, place, here, rows, N, SPLITS)
-        here = here & last
+        here, mine = here & last, mine & last
     dtype = out.dtype.element_ty
     sums = sums.to(dtype)
     if ADD:
         sums = (base + sums.to(tl.float32)).to(dtype)
     tl.store(out + place, sums, mask=here)
+    if SQUARED:
+        value = sums.to(tl.float32)
+        tl.store(squares + tl.program_id(0) * rows + row, tl.sum(value * value, 1, keep_dims=True), mask=mine)
+        if NEXT_SCALED:
+            tl.store(scaled + place, (value * factor).to(dtype), mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gate_rows(
     x,
-    scale,
+    squares,
     weight,
     out,
     arrivals,
@@ -359,7 +313,6 @@ def gate_rows(
     eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -367,40 +320,24 @@ def gate_rows(
     PARTS: tl.constexpr,
     FLYING: tl.constexpr,
     CLEARED: tl.constexpr,
+    PARTIALS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Norm and gated products of few rows: silu(norm(x) W^T) (norm(x) V^T), W and V one above the other.
+    """Gated products of a norm of few rows: silu(norm W^T) (norm V^T), W and V one above the other.
 
-    The first program sets the first CLEARED ``arrivals`` of the product behind to 0.
+    x and squares are those of :func:`project_rows`. The first program sets CLEARED ``arrivals`` of the product behind
+    to 0.
     """
     first = tl.program_id(0) * COLUMNS
     let_follow(EARLY)
-    weights = _ask(weight, scale, first, N, K, SCALED, 2 * COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
+    weights = _ask(weight, first, N, K, 2 * COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
     wait(EARLY)
     if CLEARED > 0 and tl.program_id(0) == 0:
         number = tl.arange(0, CLEARED)
         tl.store(arrivals + number, number * 0)
-    both = _product(
-        x,
-        scale,
-        weights,
-        weight,
-        first,
-        rows,
-        eps,
-        N,
-        K,
-        True,
-        SCALED,
-        2 * COLUMNS,
-        ROWS,
-        COLUMNS,
-        INNER,
-        PARTS,
-        1,
-        KIND,
-        FLYING,
-    )
+    partials = _ask_for_squares(squares, rows, PARTIALS, ROWS)
+    both = _product(x, weights, weight, first, rows, N, K, 2 * COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING)
+    both = _normalised(both, partials, eps, K)
     a, b = tl.split(tl.trans(tl.reshape(both, [ROWS, 2, COLUMNS]), 0, 2, 1))
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]

@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from vgen.errors import UserError
 from vgen.layers.attention import Attention, View
 from vgen.layers.early_launch import early_launch
+from vgen.layers.handoff import Handoff
 from vgen.layers.interpreter import interpreted
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.norm import RMSNorm
 from vgen.layers.short_attention import reads_float8
-from vgen.layers.tiles import Kind, Product, Tile, best_tile, power_of_two
+from vgen.layers.tiles import FEW, Kind, Product, Tile, best_tile, power_of_two
 
 
 @cache
@@ -79,6 +80,53 @@ def can_run(x: Tensor, attention: Attention, view: View) -> bool:
     )
 
 
+def can_embed(table: nn.Embedding) -> bool:
+    """Whether :func:`embed` takes the rows of a table of vectors in a decoding pass."""
+    return (
+        table.max_norm is None
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(table.weight.device.type)
+        and table.weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and why_not(table.weight.device) is None
+    )
+
+
+def embed(
+    table: Tensor, ids: Tensor, index: Tensor, *, following: nn.Module | None = None
+) -> tuple[Tensor, Handoff | None]:
+    """Vectors of some tokens.
+
+    Args:
+        table: [V, dim].
+        ids: int64 [B, N].
+        index: int64 [F] or [B, F], columns of ids.
+        following: the norm that comes next; None = it is not known.
+
+    Returns:
+        [B, F, dim] and, with few rows and a norm the kernels know, what that need not do.
+    """
+    batch, fed, dim = len(ids), index.shape[-1], table.shape[1]
+    assert ids.stride(1) == 1
+    out = table.new_empty(batch, fed, dim)
+    ready, handed = None, (out, out, out)
+    scales = False
+    if isinstance(following, RMSNorm) and batch * fed <= FEW:
+        ready, scales = _empty_handoff(out, following, 1), following.weight is not None
+        handed = (_scale(following, out), ready.scaled, ready.squares)
+    index = index.contiguous()
+    _launch(
+        _kernels()[1].embed_rows,
+        (batch * fed,),
+        table,
+        (table, ids, index, out, *handed, fed, ids.stride(0), 0 if index.dim() == 1 else fed),
+        K=dim,
+        SQUARED=ready is not None,
+        SCALED=scales,
+        INNER=power_of_two(dim),
+    )
+    return out, ready
+
+
 def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: int) -> Tensor:
     """Norm, projection and rotation; keys and values go to the cache.
 
@@ -99,13 +147,21 @@ def before(x: Tensor, norm: RMSNorm, attention: Attention, view: View, layer: in
     query = x.new_empty(batch, fed, attention.heads, attention.head_dim)
     targets = (query, keys, values, view.rope, view.rows)
     if tile := _tile_for("project", x, attention.wqkv.weight):
-        project_rows(x, norm, attention.wqkv.weight, *targets, tile)
+        project_rows(x, norm, attention.wqkv.weight, *targets, tile, ready=view.relay.for_norm_of(x))
     else:
         rotate_many(F.linear(norm_many(x, norm)[1], attention.wqkv.weight), *targets)
     return query.transpose(1, 2)
 
 
-def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_forward: SwiGLU) -> Tensor:
+def behind(
+    x: Tensor,
+    seen: Tensor,
+    norm: RMSNorm,
+    attention: Attention,
+    feed_forward: SwiGLU,
+    *,
+    following: RMSNorm | None = None,
+) -> tuple[Tensor, Handoff | None]:
     """Output projection of what the attention saw, residual sum and feed-forward layer.
 
     Args:
@@ -114,30 +170,32 @@ def behind(x: Tensor, seen: Tensor, norm: RMSNorm, attention: Attention, feed_fo
         norm: in front of the feed-forward layer.
         attention: whose output projection it is.
         feed_forward: the layer.
+        following: the norm that comes next; None = it is not known.
 
     Returns:
-        [B, F, dim].
+        [B, F, dim] and, with few rows, what the following norm need not do.
     """
     out, gate, down = (
         _tile_for("wo", x, attention.wo.weight),
         _tile_for("gate", x, feed_forward.w1.weight),
         _tile_for("w2", x, feed_forward.w2.weight),
     )
+    ready = None
     if out:
-        x = add_rows(seen, attention.wo.weight, x, out)
+        x, ready = add_rows(seen, attention.wo.weight, x, out, following=norm if gate else None)
     elif gate:
         x = add_product(x, seen, attention.wo.weight)
     arrivals = _arrivals(feed_forward.w2.weight, down) if gate and down and down.splits > 1 else None
     if gate:
-        hidden = gate_rows(x, norm, feed_forward.merged(), gate, clears=arrivals)
+        hidden = gate_rows(x, norm, feed_forward.merged(), gate, clears=arrivals, ready=ready)
     else:
         x, normal = norm_many(x, norm, None if out else F.linear(seen, attention.wo.weight))
         hidden = gate_many(F.linear(normal, feed_forward.merged()))
     if down:
-        return add_rows(hidden, feed_forward.w2.weight, x, down, arrivals=arrivals)
+        return add_rows(hidden, feed_forward.w2.weight, x, down, arrivals=arrivals, following=following)
     # The sum behind the attention is nobody else's.
     x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
-    return x
+    return x, None
 
 
 def read(
@@ -161,7 +219,7 @@ def read(
         normal = norm_gathered(x, norm, sources[head], None if shares is None else shares[head])
         tile = _tile_for("read", normal, weight)
         if tile and len(hidden) == 1:
-            return add_rows(normal, weight, None, tile, dtype=torch.float32)
+            return add_rows(normal, weight, None, tile, dtype=torch.float32)[0]
         total = F.linear(normal, weight) if total is None else add_product(total, normal, weight)
     assert total is not None
     return total
@@ -203,6 +261,8 @@ def project_rows(
     rope: Tensor | None,
     cache_rows: Tensor,
     tile: Tile,
+    *,
+    ready: Handoff | None = None,
 ) -> None:
     """Queries into ``query``, keys and values into a layer of the cache, of few rows.
 
@@ -216,17 +276,20 @@ def project_rows(
         rope: see :class:`vgen.layers.attention.View`, like the next.
         cache_rows: int64 [F] or [B, F].
         tile: how the product is cut.
+        ready: what is done of the norm of x; None = done here first.
     """
     assert tile.splits == 1, "only add_rows shares an inner axis among programs"
+    ready = ready or _hand_off(x, norm)
     rows = x.shape[0] * x.shape[1]
     _launch(
         _kernels()[0].project_rows,
         (_ceil(len(weight), tile.columns),),
         x,
-        (x.contiguous(), _scale(norm, x), weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
+        (ready.scaled, ready.squares, weight, *_targets(query, keys, values, rope, cache_rows), norm.eps),
         tile,
+        PARTIALS=len(ready.squares),
         **_heads(query, keys, rope),
-        **kernel_constants(weight, tile, rows, norm=norm),
+        **kernel_constants(weight, tile, rows),
     )
 
 
@@ -238,8 +301,9 @@ def add_rows(
     *,
     dtype: torch.dtype | None = None,
     arrivals: Tensor | None = None,
-) -> Tensor:
-    """Sum residual + x W^T of few rows, [B, F, N].
+    following: RMSNorm | None = None,
+) -> tuple[Tensor, Handoff | None]:
+    """Sum residual + x W^T of few rows, [B, F, N], and what is left for the norm behind it.
 
     Args:
         x: [B, F, K].
@@ -248,6 +312,7 @@ def add_rows(
         tile: how the product is cut.
         dtype: of the result; None = that of x.
         arrivals: where programs that share columns count, cleared by :func:`gate_rows`; None = cleared here if needed.
+        following: the norm behind; None = nothing is left for one.
     """
     out = torch.empty(*x.shape[:2], len(weight), dtype=dtype or x.dtype, device=x.device)
     rows = x.shape[0] * x.shape[1]
@@ -255,6 +320,11 @@ def add_rows(
     if tile.splits > 1:
         shares = torch.empty(tile.splits, rows, len(weight), dtype=torch.float32, device=x.device)
         arrivals = _arrivals(weight, tile).zero_() if arrivals is None else arrivals
+    # The kernel does not read or write what stands in for something.
+    ready, handed = None, (out, out, out)
+    if following is not None:
+        ready = _empty_handoff(out, following, _ceil(len(weight), tile.columns))
+        handed = (_scale(following, out), ready.scaled, ready.squares)
     _launch(
         _kernels()[0].add_rows,
         (_ceil(len(weight), tile.columns), tile.splits),
@@ -266,14 +336,39 @@ def add_rows(
             out,
             shares,
             out if arrivals is None else arrivals,
+            *handed,
             rows,
         ),
         tile,
         ADD=residual is not None,
         SPLITS=tile.splits,
+        SQUARED=ready is not None,
+        NEXT_SCALED=following is not None and following.weight is not None,
         **kernel_constants(weight, tile, rows),
     )
-    return out
+    return out, ready
+
+
+def _empty_handoff(x: Tensor, norm: RMSNorm, parts: int) -> Handoff:
+    """Takes what is done of a norm of x, the sums of squares in so many parts; without a scale x is as good."""
+    squares = torch.empty(parts, x.shape[0] * x.shape[1], dtype=torch.float32, device=x.device)
+    return Handoff(x, x if norm.weight is None else torch.empty_like(x), squares)
+
+
+def _hand_off(x: Tensor, norm: RMSNorm) -> Handoff:
+    """What can be done of a norm in front of the product, in a kernel of its own."""
+    x = x.contiguous()
+    ready = _empty_handoff(x, norm, 1)
+    _launch(
+        _kernels()[1].hand_off_rows,
+        (x.shape[0] * x.shape[1],),
+        x,
+        (x, _scale(norm, x), ready.scaled, ready.squares),
+        K=x.shape[2],
+        SCALED=norm.weight is not None,
+        INNER=power_of_two(x.shape[2]),
+    )
+    return ready
 
 
 def _arrivals(weight: Tensor, tile: Tile) -> Tensor:
@@ -282,7 +377,15 @@ def _arrivals(weight: Tensor, tile: Tile) -> Tensor:
     return torch.empty(count, dtype=torch.int32, device=weight.device)
 
 
-def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile, *, clears: Tensor | None = None) -> Tensor:
+def gate_rows(
+    x: Tensor,
+    norm: RMSNorm,
+    weights: Tensor,
+    tile: Tile,
+    *,
+    clears: Tensor | None = None,
+    ready: Handoff | None = None,
+) -> Tensor:
     """Gated products silu(norm(x) W^T) (norm(x) V^T) of few rows, [B, F, hidden].
 
     Args:
@@ -291,18 +394,21 @@ def gate_rows(x: Tensor, norm: RMSNorm, weights: Tensor, tile: Tile, *, clears: 
         weights: W above V, [2 * hidden, dim].
         tile: how the product is cut.
         clears: int32 [a power of two], set to 0 for the kernel behind.
+        ready: what is done of the norm of x; None = done here first.
     """
     assert tile.splits == 1, "only add_rows shares an inner axis among programs"
+    ready = ready or _hand_off(x, norm)
     rows, hidden = x.shape[0] * x.shape[1], len(weights) // 2
     out = x.new_empty(*x.shape[:2], hidden)
     _launch(
         _kernels()[0].gate_rows,
         (_ceil(hidden, tile.columns),),
         x,
-        (x.contiguous(), _scale(norm, x), weights, out, out if clears is None else clears, rows, norm.eps),
+        (ready.scaled, ready.squares, weights, out, out if clears is None else clears, rows, norm.eps),
         tile,
         CLEARED=0 if clears is None else len(clears),
-        **kernel_constants(weights[:hidden], tile, rows, norm=norm),
+        PARTIALS=len(ready.squares),
+        **kernel_constants(weights[:hidden], tile, rows),
     )
     return out
 
@@ -427,13 +533,12 @@ def _heads(query: Tensor, keys: Tensor, rope: Tensor | None) -> dict[str, Any]:
     }
 
 
-def kernel_constants(weight: Tensor, tile: Tile, rows: int, norm: RMSNorm | None = None) -> dict[str, Any]:
+def kernel_constants(weight: Tensor, tile: Tile, rows: int) -> dict[str, Any]:
     """What a kernel of few rows is compiled for."""
     outer, inner = weight.shape
     return {
         "N": outer,
         "K": inner,
-        **({} if norm is None else {"SCALED": norm.weight is not None}),
         # A matrix product wants 8 rows of its second operand.
         "ROWS": power_of_two(rows) if tile.kind == "by_row" else max(8, power_of_two(rows)),
         "COLUMNS": tile.columns,

@@ -146,6 +146,74 @@ def norm_many(
     tl.store(normal + place, value.to(dtype), mask=here)
 
 
+@triton.jit
+def _hand_off(value, row, scale, scaled, squares, K: tl.constexpr, SCALED: tl.constexpr, INNER: tl.constexpr):
+    """Leave the sum of squares of a row [INNER] and, with ``SCALED``, the row times a scale for a norm behind it."""
+    inner = tl.arange(0, INNER)
+    wide = value.to(tl.float32)
+    tl.store(squares + row, tl.sum(wide * wide, 0))
+    if SCALED:
+        factor = tl.load(scale + inner, mask=inner < K, other=0.0).to(tl.float32)
+        tl.store(scaled + row.to(tl.int64) * K + inner, (wide * factor).to(value.dtype), mask=inner < K)
+
+
+@triton.jit
+def hand_off_rows(
+    x,
+    scale,
+    scaled,
+    squares,
+    K: tl.constexpr,
+    SCALED: tl.constexpr,
+    INNER: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """What the norm of x [rows, K] needs: sums of squares float32 [rows] and x times its scale; a program has a row."""
+    follow(EARLY)
+    row = tl.program_id(0)
+    inner = tl.arange(0, INNER)
+    value = tl.load(x + row.to(tl.int64) * K + inner, mask=inner < K, other=0.0)
+    _hand_off(value, row, scale, scaled, squares, K, SCALED, INNER)
+
+
+@triton.jit(do_not_specialize=["fed", "ids_sample", "index_sample"])
+def embed_rows(
+    table,
+    ids,
+    index,
+    out,
+    scale,
+    scaled,
+    squares,
+    fed,
+    ids_sample,
+    index_sample,
+    K: tl.constexpr,
+    SQUARED: tl.constexpr,
+    SCALED: tl.constexpr,
+    INNER: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Rows of a table [V, K] by the tokens in columns ``index`` of the ids; a program writes one row of the result.
+
+    Args:
+        ids: int64 [B, N]; ids_sample is its stride.
+        index: int64 [fed], or [B, fed] with index_sample as its stride.
+        out: [B, fed, K].
+        scale: with SQUARED, as in :func:`hand_off_rows`, like the next two.
+    """
+    follow(EARLY)
+    row = tl.program_id(0)
+    sample = (row // fed).to(tl.int64)
+    column = tl.load(index + sample * index_sample + row % fed)
+    token = tl.load(ids + sample * ids_sample + column)
+    inner = tl.arange(0, INNER)
+    value = tl.load(table + token * K + inner, mask=inner < K, other=0.0)
+    tl.store(out + row.to(tl.int64) * K + inner, value, mask=inner < K)
+    if SQUARED:
+        _hand_off(value, row, scale, scaled, squares, K, SCALED, INNER)
+
+
 @triton.jit(do_not_specialize=["fed", "decided"])
 def norm_gathered(
     x,

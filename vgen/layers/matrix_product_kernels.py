@@ -11,6 +11,10 @@ SPLITS a program has one of so many stretches of every row; its pointers then po
 import triton
 import triton.language as tl
 
+from vgen.layers.interpreter import interpreted
+
+INTERPRETED = tl.constexpr(interpreted())
+
 
 @triton.jit
 def weight_line(first, line, N: tl.constexpr, COLUMNS: tl.constexpr):
@@ -76,44 +80,38 @@ def _keep_here(value):
 
 
 @triton.jit
-def _scaled(tile, scale, start, K: tl.constexpr, LINES: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr):
-    """A tile of a weight times the learned scale of the norm in front of it, which x then does without."""
-    stacked = tl.arange(0, PARTS * LINES)
-    place, within = _place(stacked * 0, stacked // LINES, start, K, INNER, PARTS, 1)
-    factor = tl.load(scale + place, mask=within, other=0.0)
-    tile = (tile.to(tl.float32) * factor.to(tl.float32)).to(tile.dtype)
-    if tile.dtype == tl.bfloat16:
-        tile = _keep_here(tile)
-    return tile
+def _all_asked(tiles):
+    """The same tiles, not looked at before the last of them is asked for.
+
+    Otherwise ptxas saves registers and stores the first away in between: some round trips to memory instead of one.
+    """
+    if INTERPRETED:
+        return tiles
+    tl.debug_barrier()
+    kept = ()
+    for number in tl.static_range(len(tiles)):
+        kept = kept + (_keep_here(tiles[number]),)
+    return kept
 
 
 @triton.jit
-def _own(product, squares, eps, K: tl.constexpr, NORM: tl.constexpr, LINES: tl.constexpr, PARTS: tl.constexpr):
-    """Sum [ROWS, LINES] of the blocks of a product [PARTS LINES, PARTS ROWS] where a part met itself.
-
-    With ``NORM`` times the factor of the norm: the sums are linear in it, and it is known only now.
-    """
+def _own(product, LINES: tl.constexpr, PARTS: tl.constexpr):
+    """Sum [ROWS, LINES] of the blocks of a product [PARTS LINES, PARTS ROWS] where a part met itself."""
     ROWS: tl.constexpr = product.shape[1] // PARTS
     if PARTS > 1:
         part = tl.arange(0, PARTS * LINES)[:, None] // LINES
         product = tl.where(part == tl.arange(0, PARTS * ROWS)[None, :] // ROWS, product, 0.0)
         product = tl.sum(tl.reshape(product, [PARTS * LINES, PARTS, ROWS]), 1)
         product = tl.sum(tl.reshape(product, [PARTS, LINES, ROWS]), 0)
-    product = tl.trans(product)
-    if NORM:
-        total = tl.sum(tl.reshape(tl.sum(squares, 0), [PARTS, ROWS]), 0)
-        product = product * (1.0 / tl.sqrt(total / K + eps))[:, None]
-    return product
+    return tl.trans(product)
 
 
 @triton.jit
 def ask_for_tiles(
     weight,
-    scale,
     first,
     N: tl.constexpr,
     K: tl.constexpr,
-    SCALED: tl.constexpr,
     LINES: tl.constexpr,
     COLUMNS: tl.constexpr,
     INNER: tl.constexpr,
@@ -125,11 +123,6 @@ def ask_for_tiles(
     tiles = ()
     for chunk in tl.static_range(CHUNKS):
         tiles = tiles + (_weight_tile(weight, first, chunk * INNER, N, K, LINES, COLUMNS, INNER, PARTS, SPLITS),)
-    if SCALED:
-        scaled = ()
-        for chunk in tl.static_range(CHUNKS):
-            scaled = scaled + (_scaled(tiles[chunk], scale, chunk * INNER, K, LINES, INNER, PARTS),)
-        tiles = scaled
     return tiles
 
 
@@ -138,9 +131,7 @@ def multiply_tiles(
     x,
     weights,
     rows,
-    eps,
     K: tl.constexpr,
-    NORM: tl.constexpr,
     LINES: tl.constexpr,
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
@@ -148,13 +139,13 @@ def multiply_tiles(
     SPLITS: tl.constexpr,
     FLYING: tl.constexpr,
 ):
-    """Product float32 [ROWS, LINES] of x [rows, K] (or its norm) with tiles of a weight."""
+    """Product float32 [ROWS, LINES] of x [rows, K] with tiles of a weight."""
     CHUNKS: tl.constexpr = (K // (PARTS * SPLITS) + INNER - 1) // INNER
     out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
-    squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
     values = ()
     for chunk in tl.static_range(min(FLYING, CHUNKS)):
         values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
+    values = _all_asked(values)
     for chunk in tl.static_range(CHUNKS):
         if chunk + FLYING < CHUNKS:
             values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
@@ -162,23 +153,17 @@ def multiply_tiles(
         # Triton (3.6 to 3.8) lets one half of eight warps store the next tile over the one that the other half still
         # multiplies with.
         tl.debug_barrier()
-        if NORM:
-            squares += values[chunk].to(tl.float32) * values[chunk].to(tl.float32)
-    return _own(out, squares, eps, K, NORM, LINES, PARTS)
+    return _own(out, LINES, PARTS)
 
 
 @triton.jit
 def stream_product(
     x,
-    scale,
     weight,
     first,
     rows,
-    eps,
     N: tl.constexpr,
     K: tl.constexpr,
-    NORM: tl.constexpr,
-    SCALED: tl.constexpr,
     LINES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -188,13 +173,8 @@ def stream_product(
 ):
     """The same with tiles of a weight [N, K], or [2 N, K], that come in a loop, which the compiler pipelines."""
     out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
-    squares = tl.zeros([INNER, PARTS * ROWS], tl.float32)
     for start in range(0, K // (PARTS * SPLITS), INNER):
         value = _row_tile(x, start, rows, K, ROWS, INNER, PARTS, SPLITS)
         tile = _weight_tile(weight, first, start, N, K, LINES, COLUMNS, INNER, PARTS, SPLITS)
-        if NORM:
-            squares += value.to(tl.float32) * value.to(tl.float32)
-        if SCALED:
-            tile = _scaled(tile, scale, start, K, LINES, INNER, PARTS)
         out = tl.dot(tile, value, out, input_precision="ieee")
-    return _own(out, squares, eps, K, NORM, LINES, PARTS)
+    return _own(out, LINES, PARTS)

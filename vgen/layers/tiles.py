@@ -9,7 +9,9 @@ FEW = 64
 _HELD_BYTES = 512  # of weights in the registers of a thread, by rows
 _MOST_WARPS = 8
 _MOST_PARTS = 8
-_SQUARES_BYTES = 256  # of a norm's squares in the registers of a thread, where a row has more than two steps
+_NARROWEST = 16
+_MOST_FILLED = 7 / 6  # numbers of a row with those that fill its last step up, by numbers
+_WIDE = 128  # numbers of a step that stays as wide however little of the last one is left
 
 Product = Literal["project", "wo", "gate", "w2", "read"]
 Kind = Literal["by_row", "held", "streamed"]
@@ -51,41 +53,41 @@ Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
 
 MEASURED: Tiles = {
     "project": (
-        (2, Tile("held", 32, 128, 4, 2, parts=2)),
-        (4, Tile("held", 32, 128, 4, 2, parts=2)),
-        (8, Tile("held", 32, 128, 4, 2, parts=2)),
-        (16, Tile("held", 16, 256, 4, 1, parts=4)),
-        (32, Tile("held", 64, 128, 4, 8)),
+        (2, Tile("held", 32, 512, 4, 8, parts=2)),
+        (4, Tile("held", 32, 128, 4, 8, parts=2)),
+        (8, Tile("held", 32, 256, 4, 8, parts=2)),
+        (16, Tile("held", 64, 256, 4, 8)),
+        (32, Tile("held", 64, 1024, 4, 8)),
         (FEW, None),
     ),
     "wo": (
-        (2, Tile("by_row", 8, 1024, 4)),
-        (4, Tile("held", 32, 128, 4, 2, parts=2)),
-        (8, Tile("held", 32, 128, 4, 2, parts=2)),
-        (16, Tile("held", 16, 128, 4, 2, parts=4)),
-        (32, Tile("held", 16, 128, 4, 1, parts=4)),
+        (2, Tile("held", 32, 512, 4, 8, parts=2)),
+        (4, Tile("held", 32, 512, 4, 8, parts=2)),
+        (8, Tile("held", 32, 512, 4, 8, parts=2)),
+        (16, Tile("held", 64, 1024, 4, 8)),
+        (32, Tile("held", 64, 1024, 4, 8)),
         (FEW, None),
     ),
     "gate": (
-        (2, Tile("held", 16, 128, 4, 2, parts=2)),
-        (4, Tile("held", 16, 128, 4, 2, parts=2)),
-        (8, Tile("held", 16, 128, 4, 2, parts=2)),
-        (16, Tile("held", 32, 128, 4, 8)),
-        (32, Tile("held", 32, 128, 4, 8)),
+        (2, Tile("held", 16, 512, 4, 8, parts=2)),
+        (4, Tile("held", 16, 512, 4, 8, parts=2)),
+        (8, Tile("held", 16, 512, 4, 8, parts=2)),
+        (16, Tile("held", 32, 1024, 4, 8)),
+        (32, Tile("held", 32, 1024, 4, 8)),
         (FEW, None),
     ),
     "w2": (
-        (2, Tile("held", 8, 128, 4, 2, parts=8)),
-        (4, Tile("held", 16, 128, 8, 2, parts=8)),
-        (8, Tile("held", 16, 128, 8, 2, parts=8)),
-        (16, Tile("held", 8, 128, 4, 2, parts=8)),
-        (32, Tile("held", 16, 256, 4, 1, parts=4)),
+        (2, Tile("held", 16, 256, 4, 8, parts=4)),
+        (4, Tile("held", 16, 256, 4, 8, parts=4)),
+        (8, Tile("held", 16, 256, 4, 8, parts=4)),
+        (16, Tile("held", 16, 256, 4, 8, parts=4)),
+        (32, Tile("held", 64, 256, 4, 8, splits=4)),
         (FEW, None),
     ),
     "read": (
-        (2, Tile("by_row", 4, 512, 2)),
-        (4, Tile("by_row", 4, 512, 2)),
-        (8, None),
+        (2, Tile("by_row", 4, 1024, 4)),
+        (4, Tile("held", 32, 128, 4, 8, parts=2)),
+        (8, Tile("held", 32, 128, 4, 8, parts=2)),
         (16, None),
         (32, None),
         (FEW, None),
@@ -97,9 +99,11 @@ _LONGEST: Mapping[Product, int] = {"project": 1024, "wo": 1024, "gate": 1024, "w
 # Measured at size XL, 2 rows only.
 _LONG: Tiles = {
     **MEASURED,
-    "project": ((2, Tile("held", 16, 64, 4, 4, parts=4)), *MEASURED["project"][1:]),
-    "wo": ((2, Tile("held", 16, 64, 4, 4, parts=4)), *MEASURED["wo"][1:]),
+    "project": ((2, Tile("held", 32, 128, 4, 8, parts=2)), *MEASURED["project"][1:]),
+    "wo": ((2, Tile("held", 32, 128, 4, 8, parts=2)), *MEASURED["wo"][1:]),
+    "gate": ((2, Tile("held", 16, 128, 4, 8, parts=2)), *MEASURED["gate"][1:]),
     "w2": ((2, Tile("by_row", 8, 1024, 4)), *MEASURED["w2"][1:]),
+    "read": ((2, Tile("by_row", 4, 512, 2)), *MEASURED["read"][1:]),
 }
 _given: Tiles | None = None
 
@@ -146,7 +150,7 @@ def best_tile(product: Product, rows: int, width: int, shared_bytes: int = 23244
             tile = replace(tile, warps=2 * tile.warps)
     elif tile.kind == "held":
         tile = _held_tile(product, tile, rows, width, shared_bytes)
-    return replace(tile, inner=min(tile.inner, max(16, power_of_two(width // tile.parts))))
+    return replace(tile, inner=min(tile.inner, max(_NARROWEST, power_of_two(width // tile.parts))))
 
 
 def _weight_bytes(product: Product, tile: Tile, width: int) -> int:
@@ -159,16 +163,18 @@ def _held_tile(product: Product, tile: Tile, rows: int, width: int, shared_bytes
     """The first that a program can hold: the tile with fewer steps in flight, narrower steps, fewer columns."""
     columns, parts = tile.columns, tile.parts
     while parts <= _MOST_PARTS and width % parts == 0:
-        for inner in (tile.inner, tile.inner // 2, tile.inner // 4):
-            inner = min(inner, max(16, power_of_two(width // parts)))
+        inner = min(tile.inner, max(_NARROWEST, power_of_two(width // parts)))
+        while inner > _WIDE and -(-width // (parts * inner)) * parts * inner > _MOST_FILLED * width:
+            inner //= 2
+        while inner >= _NARROWEST:
             numbers = parts * max(8, power_of_two(rows)) * inner
-            crowded = product in ("project", "gate") and numbers * 4 > _SQUARES_BYTES * tile.warps * 32
-            if inner < 16 or (crowded and width > 2 * parts * inner):
-                continue
             held = replace(tile, columns=columns, parts=parts, inner=inner)
             room = (shared_bytes - _weight_bytes(product, held, width)) // (2 * numbers)
-            if room > 1:
-                return replace(held, stages=min(tile.stages, room - 1))
+            # The compiler keeps one step more than those in flight, unless these are all.
+            flying = room if room * parts * inner >= width else room - 1
+            if flying > 0:
+                return replace(held, stages=min(tile.stages, flying))
+            inner //= 2
         columns, parts = columns // 2, 2 * parts
     return Tile("streamed", 16, 128, 2, 4, early=tile.early)
 
