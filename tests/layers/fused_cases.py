@@ -187,11 +187,8 @@ def test_projections_reach_the_cache(batch, fed, dtype, heads, kv_heads, head_di
     torch.testing.assert_close(view.cache.buffer, low[1])
 
 
-@pytest.mark.parametrize(("rows", "affine"), [(2, True), (3, False), (7, True), (20, True)])
-@pytest.mark.parametrize(
-    "sum_tile", [Tile("held", 8, 16, 4, 1), Tile("held", 8, 16, 4, 2, splits=2)], ids=["", "shared"]
-)
-def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, sum_tile):
+@pytest.mark.parametrize(("rows", "affine", "splits"), [(2, True, 1), (3, False, 2), (20, True, 2)])
+def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, splits):
     norm, attention, view, seen = attention_case(
         torch.float16, batch=rows, fed=1, heads=2, kv_heads=1, head_dim=20, rope="shared", rows="consecutive"
     )
