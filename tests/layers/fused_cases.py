@@ -20,6 +20,7 @@ from vgen.generators.transformer import Transformer
 from vgen.layers import attention, fused
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
+from vgen.layers.handoff import Handoff
 from vgen.layers.norm import RMSNorm
 from vgen.layers.tiles import FEW, MEASURED, Tile, best_tile, tiles_for, use_tiles
 from vgen.sampling.decode import decode
@@ -212,6 +213,19 @@ def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, splits):
         fused.project_rows(blind, norm, attention.wqkv.weight, *targets, tile, ready=ready)
         expected = attention.project(norm(x), view.rope)[0]
         torch.testing.assert_close(query.transpose(1, 2), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_what_was_left_for_one_tensor_does_not_count_for_another():
+    norm, attention, view, x = attention_case(
+        torch.float16, batch=2, fed=1, heads=2, kv_heads=1, head_dim=16, rope="shared", rows="consecutive"
+    )
+    expected = fused.before(x, norm, attention, view, 1)
+    void = torch.full_like(x, torch.nan)
+    squares = torch.full((1, 2), torch.nan)
+    view.relay.last = Handoff(x.clone(), void, squares)
+    assert torch.equal(fused.before(x, norm, attention, view, 1), expected)
+    view.relay.last = Handoff(x, void, squares)
+    assert fused.before(x, norm, attention, view, 1).isnan().all()
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])

@@ -168,6 +168,19 @@ def compiles_without_spills(product, shape, rows, tile, tmp_path):
 
 
 @needs_triton
+@pytest.mark.parametrize(("product", "rows"), [("project", 32), ("wo", 8), ("wo", 32), ("w2", 32)])
+def test_all_of_x_is_asked_for_before_anything_is_waited_for(product, rows):
+    shape = SHAPES["L"][product]
+    tile = best_tile(product, rows, shape[1])
+    code = compiled_for_hopper(product, shape, rows, tile).asm["ptx"]
+    behind = code[code.index("griddepcontrol.wait") :]
+    asking = behind[: behind.index("st.shared")]
+    # By 128 threads, 8 numbers at a time; ptxas moves no load over the barrier.
+    assert asking.count("ld.global.v4.b32") >= rows * shape[1] // tile.splits / (128 * 8)
+    assert "bar.sync" in asking
+
+
+@needs_triton
 def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
     tile = Tile("held", 64, 128, 8, 2)
     code, beside = compiled_for_hopper("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False

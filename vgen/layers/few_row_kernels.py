@@ -283,7 +283,7 @@ def add_rows(
     row = tl.arange(0, ROWS)[:, None]
     place, here = row * N + column, (row < rows) & (column < N)
     if ADD:
-        base = tl.load(residual + place, mask=here, other=0.0).to(tl.float32)
+        base = tl.load(residual + place, mask=here, other=0.0)
     x += tl.program_id(1) * (K // SPLITS)
     sums = _product(x, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, SPLITS, KIND, FLYING)
     mine = row < rows
@@ -293,7 +293,8 @@ def add_rows(
     dtype = out.dtype.element_ty
     sums = sums.to(dtype)
     if ADD:
-        sums = (base + sums.to(tl.float32)).to(dtype)
+        # Widened only here: in front of the product it would be waited for before x is asked for.
+        sums = (base.to(tl.float32) + sums.to(tl.float32)).to(dtype)
     tl.store(out + place, sums, mask=here)
     if SQUARED:
         value = sums.to(tl.float32)

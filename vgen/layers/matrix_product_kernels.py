@@ -75,18 +75,18 @@ def _row_tile(
 
 @triton.jit
 def _keep_here(value):
-    """The same two-byte numbers, made here: the compiler does not use them for anything earlier."""
+    """The same numbers; if of two bytes, made here: the compiler does not use them for anything earlier."""
+    if INTERPRETED or value.dtype.primitive_bitwidth != 16:
+        return value
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
 def _all_asked(tiles):
-    """The same tiles of two-byte numbers, not looked at before the last of them is asked for.
+    """The same tiles, not looked at before the last of them is asked for.
 
     Otherwise ptxas saves registers and stores the first away in between: some round trips to memory instead of one.
     """
-    if INTERPRETED:
-        return tiles
     tl.debug_barrier()
     kept = ()
     for number in tl.static_range(len(tiles)):
