@@ -177,7 +177,8 @@ def measure_attention(given: argparse.Namespace, device: torch.device, dtype: to
             batch=case.samples,
             fed=case.fed,
             prefix=case.prefix,
-            row_bytes=given.width * pool.element_size(),
+            width=given.width,
+            itemsize=pool.element_size(),
         )
         tiles = [tile]
         if given.variants and case.fed in given.varied_fed and not case.masked:

@@ -11,7 +11,7 @@ import torch
 from tests.paths import ROOT
 from vgen.layers.attention import Attention, View, additive_mask, attend
 from vgen.layers.cache import KVCache
-from vgen.layers.short_attention import Tile, pick_tile, runs_here, short_attention
+from vgen.layers.short_attention import WAY_ROWS, Tile, pick_tile, runs_here, short_attention
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,7 +78,7 @@ def test_it_equals_attention(sizes, masked, tile):
     assert torch.equal(out, short_attention(query, key, value, bias=bias, tile=tile))
 
 
-HELD = Tile(rows=16, shared=1, queries=16, warps=4, stages=2, held=2, fresh=16)
+HELD = Tile(rows=32, shared=1, queries=16, warps=2, stages=2, held=2)
 
 
 @interpreted
@@ -87,12 +87,13 @@ HELD = Tile(rows=16, shared=1, queries=16, warps=4, stages=2, held=2, fresh=16)
     [
         ((2, 4, 2, 3, 70, 8), 67, True, None),
         ((2, 4, 4, 1, 2, 16), 1, False, None),
-        ((1, 2, 2, 5, 37, 12), 20, True, HELD),  # 17 rows in two steps
-        ((1, 4, 1, 5, 100, 16), 95, True, HELD),  # six tiles of which two are held, 20 queries in two blocks
-        ((1, 2, 1, 3, 150, 16), 130, True, replace(HELD, span=2)),  # five splits
-        ((1, 2, 1, 3, 150, 16), 97, False, replace(HELD, held=1, span=2)),
+        ((1, 2, 2, 5, 57, 12), 20, True, HELD),  # 37 rows in two steps
+        ((1, 4, 1, 5, 150, 16), 145, True, HELD),  # five tiles of which two are held, 20 queries in two blocks
+        ((1, 2, 1, 3, 300, 16), 290, True, replace(HELD, span=2)),  # five splits
+        ((1, 2, 1, 3, 300, 16), 225, False, replace(HELD, held=1, span=2)),  # 75 rows in three steps
         ((1, 2, 2, 1, 600, 16), 599, False, None),
         ((2, 2, 2, 31, 231, 16), 200, True, None),
+        ((2, 2, 2, 50, 120, 16), 70, True, None),
         ((3, 2, 1, 3, 60, 16), 50, "own", HELD),
     ],
 )
@@ -177,16 +178,16 @@ def test_what_goes_to_pytorch():
 
 @pytest.mark.parametrize("batch", [2, 16, 64, 1024])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(16, 16), (20, 20), (16, 4), (12, 12), (16, 1)])
-@pytest.mark.parametrize("row_bytes", [16, 96, 128, 256, 512])
-def test_every_cut_fits_the_device(batch, heads, kv_heads, row_bytes):
+@pytest.mark.parametrize("width", [8, 48, 64, 128, 256])
+def test_every_cut_fits_the_device(batch, heads, kv_heads, width):
     for fed in (1, 3, 4, 8, 16, 31, 32):
         for prefix in (1, 10, 64, 65, 256, 576, 2304):
-            tile = pick_tile(heads=heads, kv_heads=kv_heads, batch=batch, fed=fed, prefix=prefix, row_bytes=row_bytes)
+            tile = pick_tile(heads=heads, kv_heads=kv_heads, batch=batch, fed=fed, prefix=prefix, width=width)
             asked = tile.shared * heads // kv_heads * fed
             assert kv_heads % tile.shared == 0
             assert tile.shared == 1 or asked <= tile.queries
             assert 16 <= tile.rows * tile.shared <= 128
-            buffers = max(1, tile.stages - 1) * 2 * tile.rows * tile.shared * max(32, 1 << (row_bytes - 1).bit_length())
+            buffers = max(1, tile.stages - 1) * 2 * tile.rows * tile.shared * max(32, 1 << (2 * width - 1).bit_length())
             assert buffers <= 64 * 1024
 
 
@@ -196,24 +197,24 @@ SIGNATURE = dict.fromkeys(("query", "key", "value", "bias", "out", "peaks", "sum
 @compiled
 @pytest.mark.parametrize("kept", ["*bf16", "*fp8e4nv"])
 @pytest.mark.parametrize(
-    ("rows", "shared", "queries", "warps", "stages", "biased", "held", "fresh"),
+    ("rows", "shared", "queries", "warps", "stages", "biased", "held"),
     [
-        (64, 1, 16, 2, 3, False, 0, 0),
-        (64, 1, 32, 4, 3, True, 0, 0),
-        (128, 1, 16, 8, 3, False, 2, 16),
-        (128, 1, 32, 4, 3, True, 2, 32),
-        (16, 4, 16, 2, 2, False, 0, 0),
-        (16, 1, 32, 1, 2, False, 0, 0),
+        (64, 1, 16, 2, 3, False, 0),
+        (64, 1, 32, 4, 3, True, 0),
+        (128, 1, 16, 8, 3, False, 2),
+        (128, 1, 32, 8, 3, True, 2),
+        (16, 4, 16, 2, 2, False, 0),
+        (16, 1, 32, 1, 2, False, 0),
     ],
 )
-def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased, held, fresh, kept):
+def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, stages, biased, held, kept):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from vgen.layers.short_attention_kernels import attend_prefix
 
     constants = {"KV_HEADS": 16, "GROUP": 1, "WIDTH": 64, "DIM": 64, "SHARED": shared, "QUERIES": queries}
-    constants |= {"ROWS": rows, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128, "HELD": held, "FRESH": fresh}
+    constants |= {"ROWS": rows, "WAY_ROWS": WAY_ROWS, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128, "HELD": held}
     names, types = attend_prefix.arg_names, SIGNATURE | {"key": kept, "value": kept}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     even = {

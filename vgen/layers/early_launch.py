@@ -8,8 +8,10 @@ import torch
 def early_launch(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     """Options of a Triton kernel with a constant ``EARLY``, launched so where the device can.
 
-    Such a kernel may read what was there when the last plain kernel was launched, and what the kernel in front writes
-    once it has waited for it. Every decoding pass has plain launches: those of PyTorch.
+    Such a kernel may be there before several in front of it are done. Until it has waited for the last of them it may
+    read only what was there when the last plain kernel was launched, or before the last that lets none follow until it
+    has waited itself. Every decoding pass draws its tokens by one or the other: by PyTorch, or beginning with
+    :func:`vgen.sampling.draw_kernels.weigh_chunks`.
     """
     early = wanted and _comes_early(device)
     return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

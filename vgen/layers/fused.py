@@ -194,8 +194,7 @@ def behind(
     if down:
         return add_rows(hidden, feed_forward.w2.weight, x, down, arrivals=arrivals, following=following)
     # The sum behind the attention is nobody else's.
-    x.view(-1, x.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), feed_forward.w2.weight.t())
-    return x, None
+    return _added(x, hidden, feed_forward.w2.weight), None
 
 
 def read(
@@ -214,13 +213,16 @@ def read(
         sources: per head, int64 [D], the slot read, -1 = none.
         shares: per head, float32 [D], weight of the read; None = one head reads all, by itself.
     """
+    normals = [
+        norm_gathered(x, norm, sources[head], None if shares is None else shares[head])
+        for head, (x, norm) in enumerate(zip(hidden, norms, strict=True))
+    ]
     total: Tensor | None = None
-    for head, (x, norm, weight) in enumerate(zip(hidden, norms, weights, strict=True)):
-        normal = norm_gathered(x, norm, sources[head], None if shares is None else shares[head])
-        tile = _tile_for("read", normal, weight)
-        if tile and len(hidden) == 1:
-            return add_rows(normal, weight, None, tile, dtype=torch.float32)[0]
-        total = F.linear(normal, weight) if total is None else add_product(total, normal, weight)
+    for normal, weight in zip(normals, weights, strict=True):
+        if tile := _tile_for("read", normal, weight):
+            total = add_rows(normal, weight, total, tile, dtype=torch.float32)[0]
+        else:
+            total = F.linear(normal, weight) if total is None else _added(total, normal, weight)
     assert total is not None
     return total
 
@@ -416,6 +418,12 @@ def gate_rows(
 def add_product(x: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
     """Sum x + seen W^T by the vendor's library, [B, F, N]."""
     return torch.addmm(x.reshape(-1, x.shape[-1]), seen.reshape(-1, seen.shape[-1]), weight.t()).view(x.shape)
+
+
+def _added(x: Tensor, seen: Tensor, weight: Tensor) -> Tensor:
+    """The same in place."""
+    x.view(-1, x.shape[-1]).addmm_(seen.view(-1, seen.shape[-1]), weight.t())
+    return x
 
 
 def norm_many(x: Tensor, norm: RMSNorm, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:

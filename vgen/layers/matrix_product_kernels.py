@@ -75,14 +75,16 @@ def _row_tile(
 
 @triton.jit
 def _keep_here(value):
-    """The same numbers; if of two bytes, made here: the compiler does not use them for anything earlier."""
-    if INTERPRETED or value.dtype.primitive_bitwidth != 16:
+    """The same numbers; if of one or two bytes, made here: the compiler does not use them for anything earlier."""
+    BITS: tl.constexpr = value.dtype.primitive_bitwidth
+    if INTERPRETED or BITS > 16:
         return value
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=2)
+    PACK: tl.constexpr = 32 // BITS
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [value], dtype=value.dtype, is_pure=False, pack=PACK)
 
 
 @triton.jit
-def _all_asked(tiles):
+def all_asked(tiles):
     """The same tiles, not looked at before the last of them is asked for.
 
     Otherwise ptxas saves registers and stores the first away in between: some round trips to memory instead of one.
@@ -145,7 +147,7 @@ def multiply_tiles(
     values = ()
     for chunk in tl.static_range(min(FLYING, CHUNKS)):
         values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
-    values = _all_asked(values)
+    values = all_asked(values)
     for chunk in tl.static_range(CHUNKS):
         if chunk + FLYING < CHUNKS:
             values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)

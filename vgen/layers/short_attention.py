@@ -19,6 +19,8 @@ from vgen.layers.interpreter import interpreted
 
 _MOST_QUERIES = 64  # per key-value head; more are worth the kernels of PyTorch
 _FEW_PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
+WAY_ROWS = 16
+"""Rows of a held tile per warp."""
 _TILE_BYTES = 16384  # keys per step: twice two tiles of keys and values stay within the shared memory of three programs
 
 
@@ -30,12 +32,12 @@ class Tile:
         rows: rows of the prefix per step, of every head.
         shared: key-value heads per program.
         queries: queries per program, all its heads together.
-        warps: per program.
+        warps: per program; with rows held one for every WAY_ROWS of a step.
         stages: one more than tiles in flight; 1 = keys and values of a tile come one after the other.
         span: steps per split of the prefix; 0 = not split.
         early: launched before the kernel in front has ended (programmatic dependent launch).
-        held: tiles of settled rows asked for before the kernel in front has ended.
-        fresh: rows per step of the rows that are not settled; the same step for all rows if none are held.
+        held: tiles of settled rows asked for before the kernel in front has ended; the other rows then have tiles of
+            their own.
     """
 
     rows: int
@@ -46,26 +48,28 @@ class Tile:
     span: int = 0
     early: bool = False
     held: int = 0
-    fresh: int = 0
 
 
 def pick_tile(
-    *, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, row_bytes: int, settled: int = 0
+    *, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, width: int, itemsize: int = 2, settled: int = 0
 ) -> Tile:
-    """How to cut a call with keys of ``row_bytes`` bytes; the rest as in :func:`short_attention`."""
+    """How to cut a call with heads of ``width`` numbers, those of keys of ``itemsize`` bytes; the rest as in
+    :func:`short_attention`."""
     asked = heads // kv_heads * fed
     queries = min(max(16, _power_of_two(asked)), _MOST_QUERIES)
-    fits = max(16, _TILE_BYTES // _power_of_two(row_bytes))
+    row_bytes = _power_of_two(width * itemsize)
+    fits = max(16, _TILE_BYTES // row_bytes)
     rows = max(16, _power_of_two(prefix))
     if batch * kv_heads * -(-asked // queries) <= _FEW_PROGRAMS:
         # Too few to fill the device: each has all it can in flight, and a long prefix is shared out.
-        rows = min(max(16, _power_of_two(settled or prefix)), fits, 128)
-        held = min(2, -(-settled // rows))
-        fresh = min(64, fits, max(16, _power_of_two(prefix - settled))) if held else 0
+        rows = min(max(2 * WAY_ROWS, _power_of_two(max(settled, prefix - settled))), fits, 128)
+        held = min(_most_held(queries, _power_of_two(width)), -(-settled // rows))
+        if not held:
+            rows = min(max(16, _power_of_two(prefix)), fits, 128)
         span = 256 // rows if prefix > 512 else 0
-        # More queries share their keys among fewer warps: faster on an H100.
-        warps = 8 if rows == 128 and queries < 32 else 4
-        return Tile(rows, 1, queries, warps=warps, stages=3, span=span, early=True, held=held, fresh=fresh)
+        # What is not held is cut for fewer warps: faster with many queries (H100).
+        warps = rows // WAY_ROWS if held else 8 if rows == 128 and queries < 32 else 4
+        return Tile(rows, 1, queries, warps=warps, stages=3, span=span, early=True, held=held)
     fits = min(fits, 64)
     rows, shared = min(rows, fits), 1
     while 2 * shared * asked <= queries and kv_heads % (2 * shared) == 0 and 2 * shared * rows <= fits:
@@ -75,6 +79,13 @@ def pick_tile(
         # A step so small is done sooner by one warp, which waits for no other (H100: 40 against 45 us).
         warps = 1
     return Tile(rows, shared, queries, warps=warps, stages=2 if prefix <= rows else 3)
+
+
+def _most_held(queries: int, dim: int) -> int:
+    """Tiles that a warp has the registers for beside its queries and their results (compiled for Hopper)."""
+    if dim > 128 or queries * dim > 4096:
+        return 0
+    return 1 if queries == 64 else 2
 
 
 def runs_here(query: Tensor, key: Tensor, mask: Tensor | None) -> bool:
@@ -138,9 +149,16 @@ def short_attention(
     if bias is not None and (bias.stride(-1) != 1 or bias.stride(-2) != _padded(prefix)):
         bias = F.pad(bias, (0, _padded(prefix) - prefix))
     if tile is None:
-        row_bytes = width * key.element_size()
-        sizes = {"heads": heads, "kv_heads": kv_heads, "batch": batch, "fed": fed, "prefix": prefix}
-        tile = pick_tile(**sizes, row_bytes=row_bytes, settled=settled)
+        tile = pick_tile(
+            heads=heads,
+            kv_heads=kv_heads,
+            batch=batch,
+            fed=fed,
+            prefix=prefix,
+            width=width,
+            itemsize=key.element_size(),
+            settled=settled,
+        )
     # Without tiles of their own the other rows are cut like these.
     settled = settled if tile.held else prefix
     out = query.new_empty(batch, fed, heads * width)
@@ -155,6 +173,7 @@ def short_attention(
     asked = tile.shared * group * fed
     assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
     assert tile.shared == 1 or not tile.held, "held rows are those of one head"
+    assert not tile.held or tile.rows >= 2 * WAY_ROWS, "a held tile is shared among warps"
     launch: dict[str, Any] = early_launch(query.device, tile.early)
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
@@ -184,7 +203,7 @@ def short_attention(
             QUERIES=tile.queries,
             ROWS=tile.rows,
             HELD=tile.held,
-            FRESH=tile.fresh,
+            WAY_ROWS=WAY_ROWS,
             BIASED=bias is not None,
             SPLIT=splits > 1,
             num_warps=tile.warps,

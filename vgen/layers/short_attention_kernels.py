@@ -8,9 +8,13 @@ import triton
 import triton.language as tl
 
 from vgen.layers.interpreter import interpreted
+from vgen.layers.many_row_kernels import follow, let_follow, wait
+from vgen.layers.matrix_product_kernels import all_asked
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(interpreted())
+# A finite start: a tile that hides everything must not make 0 / 0 of the rescaling.
+LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -25,24 +29,166 @@ def _widened(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scores(queries, keys, seen, biases, row, end, asked, scale, BIASED: tl.constexpr):
-    """Scores of a tile of keys in powers of two, -inf where not ``seen``."""
-    scores = tl.dot(queries, tl.trans(_widened(keys, queries.dtype)), input_precision="ieee") * scale
+def _scores(products, seen, biases, loaded, scale, BIASED: tl.constexpr):
+    """Scores in powers of two of products of queries and keys, -inf where not ``seen``."""
+    scores = products * scale
     if BIASED:
-        extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < end)[None, :], other=0.0)
-        scores += extra.to(tl.float32) * LOG2_E
+        scores += tl.load(biases, mask=loaded, other=0.0).to(tl.float32) * LOG2_E
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit
-def _added(scores, values, peak, total, mixed, dtype: tl.constexpr):
-    """Peak, sum of weights and mixture of values with one more tile of scores."""
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(peak - higher)
-    total = total * shrink + tl.sum(weights, 1)
-    mixed = tl.dot(weights.to(dtype), _widened(values, dtype), mixed * shrink[:, None], input_precision="ieee")
-    return higher, total, mixed
+def _attend_rows(
+    queries,
+    keys,
+    values,
+    biases,
+    own,
+    place,
+    start,
+    stop,
+    end,
+    key_row,
+    value_row,
+    bias_slot,
+    asked,
+    inside,
+    scale,
+    peak,
+    total,
+    mixed,
+    SHARED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    """Peak, sum of weights and mixture of values with the rows from ``start`` to ``stop`` that lie before ``end``.
+
+    Args:
+        own: bool [QUERIES, SHARED ROWS], columns of a tile that are of a query's own head.
+        place: which row of a step each column is.
+    """
+    dtype: tl.constexpr = queries.dtype
+    for first in range(start, stop, ROWS):
+        row = first + place
+        loaded = (row < end)[:, None] & inside[None, :]
+        tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
+        mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
+        products = tl.dot(queries, tl.trans(_widened(tile, dtype)), input_precision="ieee")
+        # The bias up to the end of its line, not of the rows, so that neighbours are loaded together.
+        there = asked[:, None] & (row < bias_slot)[None, :]
+        seen = (row < end)[None, :]
+        if SHARED > 1:
+            seen = own & seen
+        scores = _scores(products, seen, biases + row[None, :], there, scale, BIASED)
+        higher = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = tl.dot(weights.to(dtype), _widened(mixture, dtype), mixed * shrink[:, None], input_precision="ieee")
+        peak = higher
+    return peak, total, mixed
+
+
+@triton.jit
+def _joined(peak, total, other_peak, other_total):
+    """Peak and sum of weights of two parts."""
+    higher = tl.maximum(peak, other_peak)
+    return higher, total * tl.exp2(peak - higher) + other_total * tl.exp2(other_peak - higher)
+
+
+@triton.jit
+def _sum_of_ways(mixed, WAYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr):
+    """Sum [QUERIES, DIM] over the first axis of [WAYS, QUERIES, DIM] with 2, 4 or 8 ways.
+
+    In halves, for which the compiler brings all ways of a number into one thread: its sums over warps take turns.
+    """
+    mixed = tl.permute(mixed, (1, 2, 0))
+    if WAYS >= 8:
+        a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 4, 2]))
+        mixed = a + b
+    if WAYS >= 4:
+        a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 2, 2]))
+        mixed = a + b
+    a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 2]))
+    return a + b
+
+
+@triton.jit
+def _attend_held(
+    query,
+    key,
+    value,
+    biases,
+    key_row,
+    value_row,
+    bias_slot,
+    start,
+    settled,
+    end,
+    asked,
+    scale,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    HELD: tl.constexpr,
+    WAY_ROWS: tl.constexpr,
+    BIASED: tl.constexpr,
+    EARLY: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Peak, sum of weights and mixture of values over HELD tiles of settled rows and the first tile of the others.
+
+    A tile is dealt out to ways of WAY_ROWS rows, one for each warp: each has a softmax of its own, so that warps wait
+    for each other only to put theirs together.
+
+    Args:
+        query: pointers [QUERIES, 1] to the queries; biases likewise.
+        start: the first row held; the others are those from ``settled`` to ``end``.
+    """
+    WAYS: tl.constexpr = ROWS // WAY_ROWS
+    width = tl.arange(0, DIM)[None, None, :]
+    inside = width < WIDTH
+    place = tl.arange(0, WAYS)[:, None] * WAY_ROWS + tl.arange(0, WAY_ROWS)[None, :]
+    held, mixtures = (), ()
+    for number in tl.static_range(HELD):
+        row = start + number * ROWS + place
+        loaded = (row < settled)[:, :, None] & inside
+        held = held + (tl.load(key + row[:, :, None] * key_row + width, mask=loaded, other=0.0),)
+        mixtures = mixtures + (tl.load(value + row[:, :, None] * value_row + width, mask=loaded, other=0.0),)
+    wait(EARLY)
+    # Every warp has the queries.
+    each = query[None, :, :] + width + tl.zeros([WAYS, 1, 1], tl.int32)
+    queries = tl.load(each, mask=asked[None, :, None] & inside, other=0.0)
+    new = settled + place
+    loaded = (new < end)[:, :, None] & inside
+    new_keys = tl.load(key + new[:, :, None] * key_row + width, mask=loaded, other=0.0)
+    new_values = tl.load(value + new[:, :, None] * value_row + width, mask=loaded, other=0.0)
+    queries, new_keys, new_values = all_asked((queries, new_keys, new_values))
+    queries = queries.to(dtype)
+    held, mixtures = held + (new_keys,), mixtures + (new_values,)
+
+    # One maximum and one sum for all tiles.
+    found = ()
+    highest = tl.full([WAYS, QUERIES, WAY_ROWS], LOWEST, tl.float32)
+    for number in tl.static_range(HELD + 1):
+        row = new if number == HELD else start + number * ROWS + place
+        seen = row < (end if number == HELD else settled)
+        products = tl.dot(queries, tl.permute(_widened(held[number], dtype), (0, 2, 1)), input_precision="ieee")
+        there = asked[None, :, None] & (row < bias_slot)[:, None, :]
+        scores = _scores(products, seen[:, None, :], biases[None, :, :] + row[:, None, :], there, scale, BIASED)
+        highest = tl.maximum(highest, scores)
+        found = found + (scores,)
+    peak = tl.max(highest, 2)
+    together = tl.zeros([WAYS, QUERIES, WAY_ROWS], tl.float32)
+    mixed = tl.zeros([WAYS, QUERIES, DIM], tl.float32)
+    for number in tl.static_range(HELD + 1):
+        weights = tl.exp2(found[number] - peak[:, :, None])
+        together += weights
+        mixed = tl.dot(weights.to(dtype), _widened(mixtures[number], dtype), mixed, input_precision="ieee")
+    top, total = tl.reduce((peak, tl.sum(together, 2)), 0, _joined)
+    mixed *= tl.exp2(peak - top[None, :])[:, :, None]
+    return top, total, _sum_of_ways(mixed, WAYS, QUERIES, DIM)
 
 
 @triton.jit(do_not_specialize=["fed", "prefix", "settled", "span"])
@@ -78,7 +224,7 @@ def attend_prefix(
     QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
     HELD: tl.constexpr,
-    FRESH: tl.constexpr,
+    WAY_ROWS: tl.constexpr,
     BIASED: tl.constexpr,
     SPLIT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -89,7 +235,7 @@ def attend_prefix(
     is kept to the columns of its own head: queries of several heads fill the rows that the matrix units want.
 
     With HELD > 0 the first tiles of the rows that earlier passes wrote are asked for before the kernel in front is
-    waited for, and the first tile of those after them with the queries, so that nothing but the queries is waited for.
+    waited for, and the first tile of those after them together with the queries.
 
     Args:
         query: [B, KV_HEADS GROUP, fed, WIDTH]; the numbers named after it are its strides.
@@ -102,7 +248,7 @@ def attend_prefix(
         sums: likewise, sums of the weights.
         fed: number of slots.
         prefix: number of rows.
-        settled: rows in front that are cut into tiles of ROWS; the others into tiles of FRESH, all in the last split.
+        settled: rows in front that are cut into tiles of their own; the others are all in the last split.
         span: tiles of ROWS rows per split; at least those of the settled rows without SPLIT.
         scale: factor of the scores, in powers of two.
         DIM: WIDTH rounded up to what the matrix units take.
@@ -113,10 +259,9 @@ def attend_prefix(
     dtype: tl.constexpr = tl.float16 if BYTES and query.dtype.element_ty == tl.bfloat16 else query.dtype.element_ty
     HEADS: tl.constexpr = KV_HEADS * GROUP
     COLUMNS: tl.constexpr = SHARED * ROWS
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        if HELD == 0:
-            tl.extra.cuda.gdc_wait()
+    let_follow(EARLY)
+    if HELD == 0:
+        wait(EARLY)
     sample = (tl.program_id(0) // (KV_HEADS // SHARED)).to(tl.int64)
     first = (tl.program_id(0) % (KV_HEADS // SHARED)) * SHARED
     entry = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
@@ -126,80 +271,96 @@ def attend_prefix(
     inside = width < WIDTH
     column = tl.arange(0, COLUMNS)
     place = column % ROWS if SHARED > 1 else column
-    keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
-    values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
+    mine = query + sample * query_batch + (first * GROUP + head)[:, None] * query_head + slot[:, None] * query_slot
     biases = bias + sample * bias_batch + slot[:, None] * bias_slot
-    low = tl.program_id(2) * span
+    start = tl.program_id(2) * span * ROWS
+    stop = tl.minimum(start + span * ROWS, settled)
+    # The rows of a pass come after those of earlier ones, in the last split.
+    end = tl.where(tl.program_id(2) == tl.num_programs(2) - 1, prefix, settled)
 
-    held, mixtures = (), ()
-    for number in tl.static_range(HELD):
-        row = (low + number) * ROWS + place
-        loaded = (row < settled)[:, None] & inside[None, :]
-        held = held + (tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0),)
-        mixtures = mixtures + (tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0),)
-    if EARLY and HELD > 0:
-        tl.extra.cuda.gdc_wait()
-    queries = tl.load(
-        query
-        + sample * query_batch
-        + (first * GROUP + head)[:, None] * query_head
-        + slot[:, None] * query_slot
-        + width,
-        mask=asked[:, None] & inside[None, :],
-        other=0.0,
-    ).to(dtype)
-
-    # A finite start: a tile that hides everything must not make 0 / 0 of the rescaling.
-    peak = tl.full([QUERIES], -1e30, tl.float32)
+    peak = tl.full([QUERIES], LOWEST, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     mixed = tl.zeros([QUERIES, DIM], tl.float32)
     if HELD > 0:
-        # The rows of a pass come after those of earlier ones, so this is mostly all of them.
-        end = tl.where(tl.program_id(2) == tl.num_programs(2) - 1, prefix, settled)
-        last_keys = key + sample * key_batch + first * key_head + width[None, :]
-        last_values = value + sample * value_batch + first * value_head + width[None, :]
-        new = settled + tl.arange(0, FRESH)
-        here = (new < end)[:, None] & inside[None, :]
-        new_keys = tl.load(last_keys + new[:, None] * key_row, mask=here, other=0.0)
-        new_values = tl.load(last_values + new[:, None] * value_row, mask=here, other=0.0)
-        # One maximum and one sum for all tiles that are here.
-        found = ()
-        highest = tl.full([QUERIES, COLUMNS], float("-inf"), tl.float32)
-        for number in tl.static_range(HELD):
-            row = (low + number) * ROWS + place
-            scores = _scores(
-                queries, held[number], (row < settled)[None, :], biases, row, settled, asked, scale, BIASED
+        peak, total, mixed = _attend_held(
+            mine,
+            key + sample * key_batch + first * key_head,
+            value + sample * value_batch + first * value_head,
+            biases,
+            key_row,
+            value_row,
+            bias_slot,
+            start,
+            settled,
+            end,
+            asked,
+            scale,
+            WIDTH,
+            DIM,
+            QUERIES,
+            ROWS,
+            HELD,
+            WAY_ROWS,
+            BIASED,
+            EARLY,
+            dtype,
+        )
+    start += HELD * ROWS
+    more = True
+    if HELD > 0:
+        more = (start < stop) | (settled + ROWS < end)
+    if more:
+        keys = key + sample * key_batch + (first + column // ROWS)[:, None] * key_head + width[None, :]
+        values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
+        own = (head // GROUP)[:, None] == (column // ROWS)[None, :]
+        queries = tl.load(mine + width, mask=asked[:, None] & inside[None, :], other=0.0).to(dtype)
+        peak, total, mixed = _attend_rows(
+            queries,
+            keys,
+            values,
+            biases,
+            own,
+            place,
+            start,
+            stop,
+            settled,
+            key_row,
+            value_row,
+            bias_slot,
+            asked,
+            inside,
+            scale,
+            peak,
+            total,
+            mixed,
+            SHARED,
+            ROWS,
+            BIASED,
+        )
+        if HELD > 0:
+            peak, total, mixed = _attend_rows(
+                queries,
+                keys,
+                values,
+                biases,
+                own,
+                place,
+                settled + ROWS,
+                end,
+                end,
+                key_row,
+                value_row,
+                bias_slot,
+                asked,
+                inside,
+                scale,
+                peak,
+                total,
+                mixed,
+                SHARED,
+                ROWS,
+                BIASED,
             )
-            highest = tl.maximum(highest, scores)
-            found = found + (scores,)
-        new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
-        peak = tl.maximum(peak, tl.maximum(tl.max(highest, 1), tl.max(new_scores, 1)))
-        new_weights = tl.exp2(new_scores - peak[:, None])
-        mixed = tl.dot(new_weights.to(dtype), _widened(new_values, dtype), mixed, input_precision="ieee")
-        together = tl.zeros([QUERIES, COLUMNS], tl.float32)
-        for number in tl.static_range(HELD):
-            weights = tl.exp2(found[number] - peak[:, None])
-            together += weights
-            mixed = tl.dot(weights.to(dtype), _widened(mixtures[number], dtype), mixed, input_precision="ieee")
-        total = tl.sum(together, 1) + tl.sum(new_weights, 1)
-        for start in range(settled + FRESH, end, FRESH):
-            new = start + tl.arange(0, FRESH)
-            here = (new < end)[:, None] & inside[None, :]
-            new_keys = tl.load(last_keys + new[:, None] * key_row, mask=here, other=0.0)
-            new_values = tl.load(last_values + new[:, None] * value_row, mask=here, other=0.0)
-            new_scores = _scores(queries, new_keys, (new < end)[None, :], biases, new, end, asked, scale, BIASED)
-            peak, total, mixed = _added(new_scores, new_values, peak, total, mixed, dtype)
-    for step in range(low + HELD, tl.minimum(low + span, tl.cdiv(settled, ROWS))):
-        row = step * ROWS + place
-        seen = (row < settled)[None, :]
-        loaded = (row < settled)[:, None] & inside[None, :]
-        tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
-        mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
-        if SHARED > 1:
-            seen = seen & ((head // GROUP)[:, None] == (column // ROWS)[None, :])
-        # The bias up to the end of its line, not of the rows, so that neighbours are loaded together.
-        scores = _scores(queries, tile, seen, biases, row, bias_slot, asked, scale, BIASED)
-        peak, total, mixed = _added(scores, mixture, peak, total, mixed, dtype)
 
     line = (sample * fed + slot) * HEADS + first * GROUP + head
     if SPLIT:
@@ -237,14 +398,12 @@ def combine_splits(
         splits: number of splits.
         EARLY: wait for the kernel in front (programmatic dependent launch).
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    follow(EARLY)
     line = tl.program_id(0) * LINES + tl.arange(0, LINES)
     width = tl.arange(0, DIM)
     there = line < lines
     kept = there[:, None] & (width < WIDTH)[None, :]
-    peak = tl.full([LINES], -1e30, tl.float32)
+    peak = tl.full([LINES], LOWEST, tl.float32)
     total = tl.zeros([LINES], tl.float32)
     mixed = tl.zeros([LINES, DIM], tl.float32)
     for split in range(splits):

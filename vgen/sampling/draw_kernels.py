@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from vgen.layers.many_row_kernels import follow
+from vgen.layers.many_row_kernels import follow, let_follow, wait
 
 
 @triton.jit
@@ -54,9 +54,11 @@ def weigh_chunks(
         lines: number of draws.
         weight: of the guidance.
         temperature: divides the guided logits if HEATED.
-        EARLY: wait for the kernel in front (programmatic dependent launch).
+        EARLY: wait for the kernel in front (programmatic dependent launch); none follows before that is done.
     """
-    follow(EARLY)
+    # What comes next has a whole pass behind it, see vgen.layers.early_launch.
+    wait(EARLY)
+    let_follow(EARLY)
     line, tile = tl.program_id(0), tl.program_id(1)
     chunk = tile * CHUNKS + tl.arange(0, CHUNKS)
     column = chunk[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]

@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vgen.layers.fused import why_not
 from vgen.random import keyed_normal, keyed_uniform
 from vgen.sampling.filters import pick_tokens
 
@@ -47,6 +48,9 @@ class KeyedNoise:
 
     def __init__(self, seed: int | Tensor, sample_index: Tensor, order: Tensor) -> None:
         self._seed, self._sample, self._order = seed, sample_index[:, None], order
+        if isinstance(seed, Tensor) and why_not(order.device) is None:
+            self.first = _by_kernel(seed, sample_index, order)
+            return
         first = keyed_uniform(seed, self._sample, order)
         # The last column is for lanes of run-time passes that decide nothing.
         self.first = torch.cat([first, torch.zeros_like(first[:, :1])], dim=1)
@@ -71,3 +75,18 @@ class KeyedNoise:
     def _places(self, index: Tensor) -> Tensor:
         """Raster positions of order indices int64 [B, n]."""
         return self._order[index] if self._order.dim() == 1 else self._order.gather(1, index)
+
+
+def _by_kernel(seed: Tensor, sample_index: Tensor, order: Tensor) -> Tensor:
+    """Numbers of the first draw in one kernel: 130 of PyTorch took as long as half a pass."""
+    from vgen.sampling.noise_kernels import number_places
+
+    count, columns = order.shape[-1], 128
+    out = torch.empty(len(sample_index), count + 1, dtype=torch.float64, device=order.device)
+    order = order.contiguous()
+    # Triton launches on the current device.
+    with torch.cuda.device_of(out):
+        number_places[(len(out), -(-(count + 1) // columns))](
+            seed, sample_index.contiguous(), order, out, count, 0 if order.dim() == 1 else count, COLUMNS=columns
+        )
+    return out
