@@ -214,7 +214,8 @@ def test_it_compiles_for_hopper_with_wide_loads(rows, shared, queries, warps, st
     from vgen.layers.short_attention_kernels import attend_prefix
 
     constants = {"KV_HEADS": 16, "GROUP": 1, "WIDTH": 64, "DIM": 64, "SHARED": shared, "QUERIES": queries}
-    constants |= {"ROWS": rows, "WAY_ROWS": WAY_ROWS, "BIASED": biased, "SPLIT": False, "EARLY": rows == 128, "HELD": held}
+    constants |= {"ROWS": rows, "WAY_ROWS": WAY_ROWS, "BIASED": biased, "SPLIT": False}
+    constants |= {"EARLY": rows == 128, "HELD": held}
     names, types = attend_prefix.arg_names, SIGNATURE | {"key": kept, "value": kept}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     even = {

@@ -1,4 +1,4 @@
-"""Random numbers of a decoding: by PyTorch, by their kernel in Triton's interpreter (a process of its own), on a GPU."""
+"""Random numbers of a decoding, by PyTorch and by their kernel: in Triton's interpreter, and on a GPU."""
 
 import os
 import subprocess

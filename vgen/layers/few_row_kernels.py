@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 
 from vgen.layers.many_row_kernels import ask_for_rotation, let_follow, silu_product, wait, write_rotated
-from vgen.layers.matrix_product_kernels import ask_for_tiles, multiply_tiles, stream_product, weight_line
+from vgen.layers.matrix_product_kernels import (
+    ask_before,
+    ask_for_rows,
+    ask_for_tiles,
+    keep_here,
+    multiply_tiles,
+    stream_product,
+    weight_line,
+)
 
 BY_ROW = tl.constexpr(0)
 STREAMED = tl.constexpr(2)
@@ -112,8 +120,30 @@ def _ask(
 
 
 @triton.jit
+def _ask_for_x(
+    x,
+    rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KIND: tl.constexpr,
+    FLYING: tl.constexpr,
+):
+    """Tiles of x as the product of a kind wants them in front of it; the others ask themselves."""
+    if KIND == BY_ROW:  # noqa: SIM114 - "or" of constants is none
+        return ()
+    elif KIND == STREAMED:
+        return ()
+    else:
+        return ask_for_rows(x, rows, K, ROWS, INNER, PARTS, SPLITS, FLYING)
+
+
+@triton.jit
 def _product(
     x,
+    values,
     weights,
     weight,
     first,
@@ -132,6 +162,7 @@ def _product(
     """Product float32 [ROWS, LINES] of x [rows, K] with rows of a weight [N, K], or [2 N, K].
 
     Args:
+        values: what :func:`_ask_for_x` gave of x.
         weights: what :func:`_ask` gave of the weight.
     """
     if KIND == BY_ROW:
@@ -139,7 +170,7 @@ def _product(
     elif KIND == STREAMED:
         return stream_product(x, weight, first, rows, N, K, LINES, ROWS, COLUMNS, INNER, PARTS, SPLITS)
     else:
-        return multiply_tiles(x, weights, rows, K, LINES, ROWS, INNER, PARTS, SPLITS, FLYING)
+        return multiply_tiles(x, values, weights, rows, K, LINES, ROWS, INNER, PARTS, SPLITS, FLYING)
 
 
 @triton.jit
@@ -151,9 +182,9 @@ def _ask_for_squares(squares, rows, PARTIALS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _normalised(sums, squares, eps, K: tl.constexpr):
-    """Sums [ROWS, LINES] times the factor of the norm: they are linear in it."""
-    return sums * (1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps))[:, None]
+def _factor(squares, eps, K: tl.constexpr):
+    """What the norm divides by, [ROWS, 1], for the sums: they are linear in it."""
+    return (1.0 / tl.sqrt(tl.sum(squares, 0) / K + eps))[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "fed", "rows_batch"])
@@ -198,14 +229,18 @@ def project_rows(
     let_follow(EARLY)
     weights = _ask(weight, first, N, K, COLUMNS, COLUMNS, INNER, PARTS, 1, KIND)
     wait(EARLY)
+    partials = _ask_for_squares(squares, rows, PARTIALS, ROWS)
+    values = _ask_for_x(x, rows, K, ROWS, INNER, PARTS, 1, KIND, FLYING)
     rotation = ask_for_rotation(
         rope, cache_rows, 0, first, rows, fed, rope_batch, rows_batch, HEADS, KV_HEADS, HEAD_DIM, ROPE, ROWS, COLUMNS
     )
-    partials = _ask_for_squares(squares, rows, PARTIALS, ROWS)
-    sums = _product(x, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING)
-    sums = _normalised(sums, partials, eps, K)
+    ask_before()
+    factor = _factor(partials, eps, K)
+    sums = _product(
+        x, values, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING
+    )
     write_rotated(
-        sums,
+        sums * factor,
         rotation,
         query,
         key,
@@ -285,7 +320,13 @@ def add_rows(
     if ADD:
         base = tl.load(residual + place, mask=here, other=0.0)
     x += tl.program_id(1) * (K // SPLITS)
-    sums = _product(x, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, SPLITS, KIND, FLYING)
+    values = _ask_for_x(x, rows, K, ROWS, INNER, PARTS, SPLITS, KIND, FLYING)
+    ask_before()
+    if ADD:
+        base = keep_here(base).to(tl.float32)
+    sums = _product(
+        x, values, weights, weight, first, rows, N, K, COLUMNS, ROWS, COLUMNS, INNER, PARTS, SPLITS, KIND, FLYING
+    )
     mine = row < rows
     if SPLITS > 1:
         sums, last = _last_sum(sums, shares, arrivals, place, here, rows, N, SPLITS)
@@ -293,8 +334,7 @@ def add_rows(
     dtype = out.dtype.element_ty
     sums = sums.to(dtype)
     if ADD:
-        # Widened only here: in front of the product it would be waited for before x is asked for.
-        sums = (base.to(tl.float32) + sums.to(tl.float32)).to(dtype)
+        sums = (base + sums.to(tl.float32)).to(dtype)
     tl.store(out + place, sums, mask=here)
     if SQUARED:
         value = sums.to(tl.float32)
@@ -337,9 +377,13 @@ def gate_rows(
         number = tl.arange(0, CLEARED)
         tl.store(arrivals + number, number * 0)
     partials = _ask_for_squares(squares, rows, PARTIALS, ROWS)
-    both = _product(x, weights, weight, first, rows, N, K, 2 * COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING)
-    both = _normalised(both, partials, eps, K)
-    a, b = tl.split(tl.trans(tl.reshape(both, [ROWS, 2, COLUMNS]), 0, 2, 1))
+    values = _ask_for_x(x, rows, K, ROWS, INNER, PARTS, 1, KIND, FLYING)
+    ask_before()
+    factor = _factor(partials, eps, K)
+    both = _product(
+        x, values, weights, weight, first, rows, N, K, 2 * COLUMNS, ROWS, COLUMNS, INNER, PARTS, 1, KIND, FLYING
+    )
+    a, b = tl.split(tl.trans(tl.reshape(both * factor, [ROWS, 2, COLUMNS]), 0, 2, 1))
     row = tl.arange(0, ROWS)[:, None]
     column = (first + tl.arange(0, COLUMNS))[None, :]
     tl.store(out + row * N + column, silu_product(a, b, out.dtype.element_ty), mask=(row < rows) & (column < N))

@@ -74,7 +74,7 @@ def _row_tile(
 
 
 @triton.jit
-def _keep_here(value):
+def keep_here(value):
     """The same numbers; if of one or two bytes, made here: the compiler does not use them for anything earlier."""
     BITS: tl.constexpr = value.dtype.primitive_bitwidth
     if INTERPRETED or BITS > 16:
@@ -84,28 +84,50 @@ def _keep_here(value):
 
 
 @triton.jit
-def all_asked(tiles):
-    """The same tiles, not looked at before the last of them is asked for.
+def ask_before():
+    """Behind loads of which none is looked at but through :func:`keep_here`: all of them are asked for here.
 
-    Otherwise ptxas saves registers and stores the first away in between: some round trips to memory instead of one.
+    Otherwise ptxas saves registers and stores the first away before it asks for the last: some round trips to memory
+    instead of one.
     """
     tl.debug_barrier()
-    kept = ()
-    for number in tl.static_range(len(tiles)):
-        kept = kept + (_keep_here(tiles[number]),)
-    return kept
+
+
+@triton.jit
+def sum_of_parts(x, PARTS: tl.constexpr):
+    """Sum over the first axis of [PARTS, A, B]; PARTS is 2, 4 or 8.
+
+    In halves, for which the compiler brings all parts of a number into one thread: its sums over warps take turns.
+    """
+    A: tl.constexpr = x.shape[1]
+    B: tl.constexpr = x.shape[2]
+    x = tl.permute(x, (1, 2, 0))
+    if PARTS >= 8:
+        first, second = tl.split(tl.reshape(x, [A, B, 4, 2]))
+        x = first + second
+    if PARTS >= 4:
+        first, second = tl.split(tl.reshape(x, [A, B, 2, 2]))
+        x = first + second
+    first, second = tl.split(tl.reshape(x, [A, B, 2]))
+    return first + second
 
 
 @triton.jit
 def _own(product, LINES: tl.constexpr, PARTS: tl.constexpr):
-    """Sum [ROWS, LINES] of the blocks of a product [PARTS LINES, PARTS ROWS] where a part met itself."""
+    """Sum [ROWS, LINES] of the blocks of a product [PARTS LINES, PARTS ROWS] where a part met itself.
+
+    Neighbours of a row come into one thread, here and now: the compiler would leave the numbers where the matrix units
+    put them and bring everything that is added or stored there, one after the other.
+    """
     ROWS: tl.constexpr = product.shape[1] // PARTS
     if PARTS > 1:
         part = tl.arange(0, PARTS * LINES)[:, None] // LINES
         product = tl.where(part == tl.arange(0, PARTS * ROWS)[None, :] // ROWS, product, 0.0)
         product = tl.sum(tl.reshape(product, [PARTS * LINES, PARTS, ROWS]), 1)
-        product = tl.sum(tl.reshape(product, [PARTS, LINES, ROWS]), 0)
-    return tl.trans(product)
+        return tl.trans(sum_of_parts(tl.reshape(product, [PARTS, LINES, ROWS]), PARTS))
+    else:
+        first, second = tl.split(tl.reshape(tl.trans(product), [ROWS, LINES // 2, 2]))
+        return tl.reshape(tl.join(first, second), [ROWS, LINES])
 
 
 @triton.jit
@@ -129,8 +151,28 @@ def ask_for_tiles(
 
 
 @triton.jit
+def ask_for_rows(
+    x,
+    rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    INNER: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    FLYING: tl.constexpr,
+):
+    """The first FLYING tiles of x [rows, K], for `multiply_tiles`."""
+    CHUNKS: tl.constexpr = (K // (PARTS * SPLITS) + INNER - 1) // INNER
+    values = ()
+    for chunk in tl.static_range(min(FLYING, CHUNKS)):
+        values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
+    return values
+
+
+@triton.jit
 def multiply_tiles(
     x,
+    values,
     weights,
     rows,
     K: tl.constexpr,
@@ -141,17 +183,14 @@ def multiply_tiles(
     SPLITS: tl.constexpr,
     FLYING: tl.constexpr,
 ):
-    """Product float32 [ROWS, LINES] of x [rows, K] with tiles of a weight."""
+    """Product float32 [ROWS, LINES] of x [rows, K], of which the first tiles are given, with tiles of a weight."""
     CHUNKS: tl.constexpr = (K // (PARTS * SPLITS) + INNER - 1) // INNER
     out = tl.zeros([PARTS * LINES, PARTS * ROWS], tl.float32)
-    values = ()
-    for chunk in tl.static_range(min(FLYING, CHUNKS)):
-        values = values + (_row_tile(x, chunk * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
-    values = all_asked(values)
     for chunk in tl.static_range(CHUNKS):
         if chunk + FLYING < CHUNKS:
             values = values + (_row_tile(x, (chunk + FLYING) * INNER, rows, K, ROWS, INNER, PARTS, SPLITS),)
-        out = tl.dot(weights[chunk], values[chunk], out, input_precision="ieee")
+        # The first are multiplied while the last are on their way.
+        out = tl.dot(weights[chunk], keep_here(values[chunk]), out, input_precision="ieee")
         # Triton (3.6 to 3.8) lets one half of eight warps store the next tile over the one that the other half still
         # multiplies with.
         tl.debug_barrier()

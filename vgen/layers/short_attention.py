@@ -53,8 +53,18 @@ class Tile:
 def pick_tile(
     *, heads: int, kv_heads: int, batch: int, fed: int, prefix: int, width: int, itemsize: int = 2, settled: int = 0
 ) -> Tile:
-    """How to cut a call with heads of ``width`` numbers, those of keys of ``itemsize`` bytes; the rest as in
-    :func:`short_attention`."""
+    """How to cut a call.
+
+    Args:
+        heads: query heads.
+        kv_heads: key-value heads.
+        batch: samples, branches counted.
+        fed: queries of a head.
+        prefix: rows of the cache that are visible.
+        width: numbers of a head.
+        itemsize: bytes of a number of the cache.
+        settled: as in :func:`short_attention`.
+    """
     asked = heads // kv_heads * fed
     queries = min(max(16, _power_of_two(asked)), _MOST_QUERIES)
     row_bytes = _power_of_two(width * itemsize)
@@ -173,7 +183,7 @@ def short_attention(
     asked = tile.shared * group * fed
     assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
     assert tile.shared == 1 or not tile.held, "held rows are those of one head"
-    assert not tile.held or tile.rows >= 2 * WAY_ROWS, "a held tile is shared among warps"
+    assert not tile.held or tile.rows >= max(2, tile.warps) * WAY_ROWS, "a held tile is shared among warps"
     launch: dict[str, Any] = early_launch(query.device, tile.early)
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
@@ -203,7 +213,7 @@ def short_attention(
             QUERIES=tile.queries,
             ROWS=tile.rows,
             HELD=tile.held,
-            WAY_ROWS=WAY_ROWS,
+            WAY_ROWS=tile.rows // tile.warps if tile.held else tile.rows,
             BIASED=bias is not None,
             SPLIT=splits > 1,
             num_warps=tile.warps,

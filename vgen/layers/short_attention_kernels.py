@@ -9,7 +9,7 @@ import triton.language as tl
 
 from vgen.layers.interpreter import interpreted
 from vgen.layers.many_row_kernels import follow, let_follow, wait
-from vgen.layers.matrix_product_kernels import all_asked
+from vgen.layers.matrix_product_kernels import ask_before, keep_here, sum_of_parts
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(interpreted())
@@ -97,23 +97,6 @@ def _joined(peak, total, other_peak, other_total):
 
 
 @triton.jit
-def _sum_of_ways(mixed, WAYS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr):
-    """Sum [QUERIES, DIM] over the first axis of [WAYS, QUERIES, DIM] with 2, 4 or 8 ways.
-
-    In halves, for which the compiler brings all ways of a number into one thread: its sums over warps take turns.
-    """
-    mixed = tl.permute(mixed, (1, 2, 0))
-    if WAYS >= 8:
-        a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 4, 2]))
-        mixed = a + b
-    if WAYS >= 4:
-        a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 2, 2]))
-        mixed = a + b
-    a, b = tl.split(tl.reshape(mixed, [QUERIES, DIM, 2]))
-    return a + b
-
-
-@triton.jit
 def _attend_held(
     query,
     key,
@@ -164,9 +147,9 @@ def _attend_held(
     loaded = (new < end)[:, :, None] & inside
     new_keys = tl.load(key + new[:, :, None] * key_row + width, mask=loaded, other=0.0)
     new_values = tl.load(value + new[:, :, None] * value_row + width, mask=loaded, other=0.0)
-    queries, new_keys, new_values = all_asked((queries, new_keys, new_values))
-    queries = queries.to(dtype)
-    held, mixtures = held + (new_keys,), mixtures + (new_values,)
+    ask_before()
+    queries = keep_here(queries).to(dtype)
+    held, mixtures = held + (keep_here(new_keys),), mixtures + (keep_here(new_values),)
 
     # One maximum and one sum for all tiles.
     found = ()
@@ -188,7 +171,7 @@ def _attend_held(
         mixed = tl.dot(weights.to(dtype), _widened(mixtures[number], dtype), mixed, input_precision="ieee")
     top, total = tl.reduce((peak, tl.sum(together, 2)), 0, _joined)
     mixed *= tl.exp2(peak - top[None, :])[:, :, None]
-    return top, total, _sum_of_ways(mixed, WAYS, QUERIES, DIM)
+    return top, total, sum_of_parts(mixed, WAYS)
 
 
 @triton.jit(do_not_specialize=["fed", "prefix", "settled", "span"])

@@ -1,8 +1,8 @@
 """The one decoding loop: it walks the passes of a plan and knows no order by name."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -134,13 +134,17 @@ class Request:
         if known_ids is None or known is None:
             known = known_ids = None
         device = condition.device
-        number = torch.full((), seed, dtype=torch.int64, device=device)
-        return Request(number, condition, sample_index.to(device), padding, known_ids, known)
+        return Request(_number(seed, device), condition, sample_index.to(device), padding, known_ids, known)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are set, by name."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in self.__dict__.items() if value is not None}
+
+
+@lru_cache(maxsize=8)
+def _number(value: int, device: torch.device) -> Tensor:
+    """An int64 scalar, the same tensor if asked for again; nobody writes to it."""
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def check_request(generator: Transformer, plan: Plan, request: Request, sampling: Sampling) -> None:

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from vgen.layers.many_row_kernels import follow, let_follow, wait
+from vgen.layers.many_row_kernels import let_follow, wait
 
 
 @triton.jit
@@ -116,11 +116,13 @@ def pick_in_chunks(
         BRANCHES: copies to write; 0 = none.
         EARLY: as in :func:`weigh_chunks`.
     """
-    follow(EARLY)
+    let_follow(EARLY)
+    # What was there before the kernel in front, which has waited, is not waited for.
     line = tl.program_id(0)
     sample, place = line // decided, line % decided
     target = tl.load(targets + sample * targets_sample + place * targets_column)
     number = tl.load(uniform + sample.to(tl.int64) * uniform_sample + target)
+    wait(EARLY)
 
     chunk = tl.arange(0, ALL)
     real = chunk < TILES * CHUNKS

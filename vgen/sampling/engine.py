@@ -1,8 +1,8 @@
 """Decoding batch after batch: the passes of a static plan recorded once as a CUDA graph and replayed."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache, lru_cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -83,30 +83,40 @@ class GraphRecorder:
         return replay
 
 
+@lru_cache(maxsize=8)
+def _without_seed(sampling: Sampling) -> Sampling:
+    """What a recording depends on."""
+    return replace(sampling, seed=0)
+
+
 @cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Recorded kernels keep the priority of this stream wherever they are replayed, above that of a pixel decoder."""
     return torch.cuda.Stream(device, priority=-1)
 
 
-@dataclass(frozen=True)
 class Recording:
     """A recorded decoding.
 
-    Attributes:
+    Args:
         inputs: the buffers it reads.
         replay: runs it and returns ids int64 [B, N], valid until the next replay.
     """
 
-    inputs: Request
-    replay: Callable[[], Tensor]
+    def __init__(self, inputs: Request, replay: Callable[[], Tensor]) -> None:
+        self._buffers, self._replay = inputs.tensors(), replay
+        self._seed: Tensor | None = None
 
     def run(self, request: Request) -> Tensor:
         """Ids int64 [B, N] of another request of the same shapes."""
         values = request.tensors()
-        for name, buffer in self.inputs.tensors().items():
-            buffer.copy_(values[name])
-        return self.replay().clone()
+        # Nothing is copied that is there: at batch 1 a copy costs the device as much as a layer.
+        if values["seed"] is self._seed:
+            del values["seed"]
+        self._seed = request.seed
+        for name, value in values.items():
+            self._buffers[name].copy_(value)
+        return self._replay().clone()
 
 
 class Decoder:
@@ -147,6 +157,7 @@ class Decoder:
                 f"engine={engine} records CUDA graphs and this device is {generator.device}; use engine=auto"
             )
         self.generator, self.plan, self.engine = generator, plan, engine
+        self._device = generator.device
         fixed = plan.policy is None and not generator.works_on_host
         self.recorded = fixed and engine != "eager" and (on_cuda or record is not None)
         self._own_record, self._largest = record, largest
@@ -177,16 +188,20 @@ class Decoder:
         request = Request.make(
             condition, seed=sampling.seed, sample_index=sample_index, padding=padding, known_ids=known_ids, known=known
         )
-        check_request(self.generator, self.plan, request, sampling)
         # What autocast keeps of the weights dies with its context, a recording would go on reading it.
-        if not self.recorded or watch is not None or torch.is_autocast_enabled(self.generator.device.type):
+        if not self.recorded or watch is not None or torch.is_autocast_enabled(self._device.type):
+            check_request(self.generator, self.plan, request, sampling)
             return self._run(request, sampling, spatial, num_passes, watch)
         shapes = tuple((name, value.shape, value.dtype) for name, value in request.tensors().items())
-        key = (shapes, replace(sampling, seed=0), spatial, num_passes)
+        key = (shapes, _without_seed(sampling), spatial, num_passes)
+        recording = self._recordings.get(key)
+        # What a recording was made of has been checked, but for the tokens given.
+        if recording is None or request.known is not None:
+            check_request(self.generator, self.plan, request, sampling)
         if key not in self._recordings or key in self._too_large:
             self._recordings[key] = None
             return self._run(request, sampling, spatial, num_passes)
-        recording = self._recordings.pop(key)
+        del self._recordings[key]
         if recording is None:
             try:
                 recording = self._make(request, sampling, spatial, num_passes)
@@ -204,14 +219,14 @@ class Decoder:
         self._wait()
         self._recordings.clear()
         self._record = self._own_record or GraphRecorder()
-        if self.generator.device.type == "cuda":
-            with torch.cuda.device(self.generator.device):
+        if self._device.type == "cuda":
+            with torch.cuda.device(self._device):
                 torch.cuda.empty_cache()
 
     def _wait(self) -> None:
         """Until no recording is being replayed, so that it may be dropped."""
-        if self.generator.device.type == "cuda":
-            torch.cuda.synchronize(self.generator.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _make(
         self, request: Request, sampling: Sampling, spatial: SpatialGuidance | None, num_passes: int | None
@@ -223,9 +238,7 @@ class Decoder:
         for key in dropped:
             self._recordings[key] = None
         inputs = Request(**{name: value.clone() for name, value in request.tensors().items()})
-        return Recording(
-            inputs, self._record(partial(self._run, inputs, sampling, spatial, num_passes), self.generator.device)
-        )
+        return Recording(inputs, self._record(partial(self._run, inputs, sampling, spatial, num_passes), self._device))
 
     def _run(
         self,
@@ -256,7 +269,7 @@ class Decoder:
         if plan.policy is not None or plan.shuffled or (plan.any_order and request.known is not None):
             return None
         if self._located is None:
-            tensors = plan.on(self.generator.device)
+            tensors = plan.on(self._device)
             self._located = [
                 self.generator.locate(forward.feed, tensors.order, forward.mask) for forward in tensors.forwards
             ]

@@ -1,7 +1,7 @@
 """Triton kernel for the random numbers of a decoding; called by vgen.sampling.noise."""
 
 # Compile-time constants are written in capitals, as Triton does.
-# ruff: noqa: N803
+# ruff: noqa: N803, D417
 
 import triton
 import triton.language as tl
