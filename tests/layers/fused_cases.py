@@ -250,6 +250,24 @@ def test_tokens_become_vectors(batch, own):
         assert not fused.can_embed(torch.nn.Embedding(3, 4))
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3, 10, 25], ids=lambda batch: f"{3 * batch} rows")
+def test_heads_are_read_in_turn(batch, heads):
+    states = [torch.randn(batch, 2, 48).half() for _ in range(heads)]
+    norms = [norm_of(48).half() for _ in range(heads)]
+    weights = [(torch.randn(70, 48) / 7).half() for _ in range(heads)]
+    sources, shares = torch.tensor([[0, 1, -1], [1, -1, 0]]), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]])
+    if heads == 1:
+        sources, shares = torch.tensor([[1, 0, 1]]), torch.ones(1, 3)
+    got = fused.read(states, norms, weights, list(sources), None if heads == 1 else list(shares))
+    total = torch.zeros(batch, 3, 70)
+    for state, norm, weight, source, share in zip(states, norms, weights, sources, shares, strict=True):
+        normal = copy.deepcopy(norm).float()(state.float())[:, source.clamp(min=0)] * share[:, None]
+        total += normal @ weight.float().T
+    assert got.dtype == (torch.float32 if 3 * batch <= 32 else torch.float16)
+    torch.testing.assert_close(got.float(), total, atol=6e-3, rtol=2e-3)
+
+
 def test_every_norm_of_a_pass_finds_what_was_left_for_it(monkeypatch):
     plan = raster(grid=(1, 3))
     generator = tiny_generator(plan).half()
@@ -486,7 +504,7 @@ def test_long_rows_get_tiles_that_fit():
     assert best_tile("w2", 32, 2816, shared_bytes=101376).kind == "held"
     assert best_tile("wo", 32, 8704, shared_bytes=101376).kind == "streamed"
     # Steps that would be filled up by more than a sixth are narrower, like those for which there is no room.
-    assert [best_tile("wo", 8, width).inner for width in (1024, 1280, 1536)] == [512, 128, 256]
+    assert [best_tile("gate", 8, width).inner for width in (1024, 1280, 1536)] == [512, 128, 256]
     assert [best_tile("wo", 32, width).inner for width in (1024, 1280, 1536)] == [1024, 256, 256]
     assert best_tile("read", 2, 2048).warps < best_tile("read", 2, 16384).warps
     # All that is in flight leaves no room for a step more, which anything else needs.

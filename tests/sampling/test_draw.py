@@ -108,7 +108,7 @@ def test_fused_decoding_gives_the_tokens_of_the_plain_loop(plan, monkeypatch):
 
 @interpreted
 def test_logits_of_half_precision_are_drawn_from_as_they_are(monkeypatch):
-    plan, labels, seen = parallel(grid=(2, 4), regions=4), torch.tensor([0, 1]), []
+    plan, labels, seen = parallel(grid=(2, 4), regions=4), torch.arange(5), []
 
     def watched(logits, *given, **options):
         seen.append(logits.dtype)
@@ -116,9 +116,9 @@ def test_logits_of_half_precision_are_drawn_from_as_they_are(monkeypatch):
 
     monkeypatch.setattr("vgen.sampling.decode.draw_tokens", watched)
     generator = tiny_generator(plan, depth=1).half()
-    shared = {"sampling": Sampling(guidance=Guidance(scale=2.0)), "sample_index": torch.arange(2)}
+    shared = {"sampling": Sampling(guidance=Guidance(scale=2.0)), "sample_index": torch.arange(5)}
     Decoder(generator, plan, engine="fused")(labels, **shared)
-    # Products of up to 4 rows are summed and kept in float32; those of more come from the library.
+    # Products of up to 32 rows are summed and kept in float32; those of more come from the library.
     assert set(seen) == {torch.float32, torch.float16}
 
 

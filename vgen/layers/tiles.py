@@ -53,18 +53,18 @@ Tiles = Mapping[Product, Sequence[tuple[int, Tile | None]]]
 
 MEASURED: Tiles = {
     "project": (
-        (2, Tile("held", 32, 512, 4, 8, parts=2)),
-        (4, Tile("held", 32, 128, 4, 8, parts=2)),
-        (8, Tile("held", 32, 256, 4, 8, parts=2)),
-        (16, Tile("held", 64, 256, 4, 8)),
+        (2, Tile("held", 32, 256, 4, 8, parts=2)),
+        (4, Tile("held", 32, 256, 4, 8, parts=2)),
+        (8, Tile("held", 32, 128, 4, 8, parts=2)),
+        (16, Tile("held", 64, 512, 4, 8)),
         (32, Tile("held", 64, 1024, 4, 8)),
         (FEW, None),
     ),
     "wo": (
-        (2, Tile("held", 32, 512, 4, 8, parts=2)),
-        (4, Tile("held", 32, 512, 4, 8, parts=2)),
-        (8, Tile("held", 32, 512, 4, 8, parts=2)),
-        (16, Tile("held", 64, 1024, 4, 8)),
+        (2, Tile("held", 32, 256, 4, 8, parts=2)),
+        (4, Tile("held", 32, 256, 4, 8, parts=2)),
+        (8, Tile("held", 32, 256, 4, 8, parts=2)),
+        (16, Tile("held", 64, 256, 4, 8)),
         (32, Tile("held", 64, 1024, 4, 8)),
         (FEW, None),
     ),
@@ -73,7 +73,7 @@ MEASURED: Tiles = {
         (4, Tile("held", 16, 512, 4, 8, parts=2)),
         (8, Tile("held", 16, 512, 4, 8, parts=2)),
         (16, Tile("held", 32, 1024, 4, 8)),
-        (32, Tile("held", 32, 1024, 4, 8)),
+        (32, Tile("held", 32, 256, 4, 8)),
         (FEW, None),
     ),
     "w2": (
@@ -88,8 +88,8 @@ MEASURED: Tiles = {
         (2, Tile("by_row", 4, 1024, 4)),
         (4, Tile("held", 32, 128, 4, 8, parts=2)),
         (8, Tile("held", 32, 128, 4, 8, parts=2)),
-        (16, None),
-        (32, None),
+        (16, Tile("streamed", 64, 128, 4, 4)),
+        (32, Tile("streamed", 64, 128, 4, 4)),
         (FEW, None),
     ),
 }
