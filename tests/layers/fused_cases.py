@@ -256,7 +256,7 @@ def test_heads_are_read_in_turn(batch, heads):
     states = [torch.randn(batch, 2, 48).half() for _ in range(heads)]
     norms = [norm_of(48).half() for _ in range(heads)]
     weights = [(torch.randn(70, 48) / 7).half() for _ in range(heads)]
-    sources, shares = torch.tensor([[0, 1, -1], [1, -1, 0]]), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]])
+    sources, shares = torch.tensor([[0, 1, -1], [-1, 1, 0]]), torch.tensor([[1.0, 0.5, 0.0], [0.0, 0.5, 1.0]])
     if heads == 1:
         sources, shares = torch.tensor([[1, 0, 1]]), torch.ones(1, 3)
     got = fused.read(states, norms, weights, list(sources), None if heads == 1 else list(shares))
