@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.generators.helpers import tiny_generator
+from tests.hopper import compiled_for_hopper
 from tests.paths import ROOT
 from vgen.errors import UserError
 from vgen.layers import fused
@@ -90,12 +91,8 @@ SHAPES = {
 }
 
 
-def compiled_for_hopper(product, shape, rows, tile):
-    """The kernel of a product as it would run on an H100; no GPU is needed for that."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def compiled_product(product, shape, rows, tile):
+    """The kernel of a product for Hopper."""
     from vgen.layers import few_row_kernels
 
     kernel = {"project": few_row_kernels.project_rows, "gate": few_row_kernels.gate_rows}.get(
@@ -105,26 +102,13 @@ def compiled_for_hopper(product, shape, rows, tile):
     heads = shape[1] // 64
     constants |= {"HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
     constants |= {"SPLITS": tile.splits, "CLEARED": 64, "SQUARED": True, "NEXT_SCALED": True, "PARTIALS": 16}
-    names = kernel.arg_names
-    constants = {name: value for name, value in constants.items() if name in names}
-    kinds = {
-        "rope": "*fp32",
-        "cache_rows": "*i64",
-        "eps": "fp32",
-        "shares": "*fp32",
-        "squares": "*fp32",
-        "arrivals": "*i32",
-    }
-    kinds |= dict.fromkeys(("rows", "fed", "rope_batch", "rows_batch", "cache_batch", "cache_head"), "i32")
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names}
-    even = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(names)
-        if name not in constants and name not in ("rows", "fed", "rows_batch", "eps")
-    }
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, even)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "launch_pdl": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    types = dict.fromkeys(("rope", "shares", "squares"), "*fp32")
+    types |= {"cache_rows": "*i64", "eps": "fp32", "arrivals": "*i32"}
+    types |= dict.fromkeys(("rows", "fed", "rope_batch", "rows_batch", "cache_batch", "cache_head"), "i32")
+    odd = ("rows", "fed", "rows_batch")
+    return compiled_for_hopper(
+        kernel, constants, types, odd=odd, num_warps=tile.warps, num_stages=tile.stages, launch_pdl=True
+    )
 
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -155,7 +139,7 @@ def compiles_without_spills(product, shape, rows, tile, tmp_path):
     import triton
 
     tile = tile or Tile("streamed", 8, 64, 4, 3)
-    compiled = compiled_for_hopper(product, shape, rows, tile)
+    compiled = compiled_product(product, shape, rows, tile)
     code = compiled.asm["ptx"]
     assert ("wgmma.mma_async" in code) == (tile.kind == "held")
     assert ("cp.async.cg.shared.global" if tile.kind == "streamed" else "ld.global.v4.b32") in code
@@ -172,7 +156,7 @@ def compiles_without_spills(product, shape, rows, tile, tmp_path):
 def test_all_of_x_is_asked_for_before_anything_is_waited_for(product, rows):
     shape = SHAPES["L"][product]
     tile = best_tile(product, rows, shape[1])
-    code = compiled_for_hopper(product, shape, rows, tile).asm["ptx"]
+    code = compiled_product(product, shape, rows, tile).asm["ptx"]
     behind = code[code.index("griddepcontrol.wait") :]
     asking = behind[: behind.index("st.shared")]
     # By 128 threads, 8 numbers at a time; ptxas moves no load over the barrier.
@@ -181,9 +165,22 @@ def test_all_of_x_is_asked_for_before_anything_is_waited_for(product, rows):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("product", "rows"), [("project", 2), ("wo", 2), ("gate", 8), ("w2", 8), ("wo", 32), ("gate", 32), ("w2", 32)]
+)
+def test_sums_need_few_exchanges_between_threads(product, rows):
+    shape = SHAPES["L"][product]
+    code = compiled_product(product, shape, rows, best_tile(product, rows, shape[1])).asm["ptx"]
+    behind = code[code.rindex("wgmma.wait_group") :]
+    # One for the sum itself and one or two for squares and shares; left to itself the compiler takes 16 to 40 turns.
+    assert behind.count("bar.sync") <= 8
+    assert behind.count("shfl.sync") <= 6
+
+
+@needs_triton
 def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
     tile = Tile("held", 64, 128, 8, 2)
-    code, beside = compiled_for_hopper("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False
+    code, beside = compiled_product("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False
     assert code.count("wgmma.wait_group") > 4
     for line in code.splitlines():
         if "wgmma.wait_group" in line:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import attention as attention_benchmark
 from tests.generators.helpers import tiny_generator
+from tests.hopper import compiled_for_hopper
 from tests.paths import ROOT
 from vgen.sampling.decode import decode, guide
 from vgen.sampling.draw import draw_tokens, draws_here
@@ -32,6 +33,23 @@ def test_in_the_interpreter():
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
+
+
+@compiled
+def test_nothing_follows_a_draw_before_the_pass_is_over():
+    from vgen.sampling.draw_kernels import pick_in_chunks, weigh_chunks
+
+    constants = {"V": 16384, "CHUNK": 128, "CHUNKS": 16, "TILES": 8, "ALL": 128, "BRANCHES": 2}
+    constants |= {"GUIDED": True, "HEATED": False, "EARLY": True}
+    types = dict.fromkeys(("logits", "peaks"), "*fp32") | dict.fromkeys(("sums", "uniform"), "*fp64")
+    types |= dict.fromkeys(("targets", "tokens", "copies"), "*i64") | dict.fromkeys(("weight", "temperature"), "fp32")
+    first, second = (
+        compiled_for_hopper(kernel, constants, types, usual="i32").asm["ptx"]
+        for kernel in (weigh_chunks, pick_in_chunks)
+    )
+    # So what an earlier pass wrote, like rows of the cache, need not be waited for.
+    assert first.index("griddepcontrol.wait") < first.index("griddepcontrol.launch_dependents")
+    assert second.index("griddepcontrol.launch_dependents") < second.index("griddepcontrol.wait")
 
 
 def usual(logits, uniform, targets, *, weight=1.0, temperature=1.0):

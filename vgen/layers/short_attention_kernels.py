@@ -29,11 +29,14 @@ def _widened(tile, dtype: tl.constexpr):
 
 
 @triton.jit
-def _scores(products, seen, biases, loaded, scale, BIASED: tl.constexpr):
-    """Scores in powers of two of products of queries and keys, -inf where not ``seen``."""
+def _scores(products, seen, extra, scale, BIASED: tl.constexpr):
+    """Scores in powers of two of products of queries and keys, -inf where not ``seen``.
+
+    ``extra`` is read if ``BIASED``.
+    """
     scores = products * scale
     if BIASED:
-        scores += tl.load(biases, mask=loaded, other=0.0).to(tl.float32) * LOG2_E
+        scores += extra.to(tl.float32) * LOG2_E
     return tl.where(seen, scores, float("-inf"))
 
 
@@ -74,12 +77,14 @@ def _attend_rows(
         tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
         mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
         products = tl.dot(queries, tl.trans(_widened(tile, dtype)), input_precision="ieee")
-        # The bias up to the end of its line, not of the rows, so that neighbours are loaded together.
-        there = asked[:, None] & (row < bias_slot)[None, :]
         seen = (row < end)[None, :]
         if SHARED > 1:
             seen = own & seen
-        scores = _scores(products, seen, biases + row[None, :], there, scale, BIASED)
+        extra = products
+        if BIASED:
+            # Up to the end of its line, not of the rows, so that neighbours are loaded together.
+            extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < bias_slot)[None, :], other=0.0)
+        scores = _scores(products, seen, extra, scale, BIASED)
         higher = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(peak - higher)
@@ -137,8 +142,9 @@ def _attend_held(
     for number in tl.static_range(HELD):
         row = start + number * ROWS + place
         loaded = (row < settled)[:, :, None] & inside
-        held = held + (tl.load(key + row[:, :, None] * key_row + width, mask=loaded, other=0.0),)
-        mixtures = mixtures + (tl.load(value + row[:, :, None] * value_row + width, mask=loaded, other=0.0),)
+        keys = tl.load(key + row[:, :, None] * key_row + width, mask=loaded, other=0.0)
+        values = tl.load(value + row[:, :, None] * value_row + width, mask=loaded, other=0.0)
+        held, mixtures = held + (_widened(keys, dtype),), mixtures + (_widened(values, dtype),)
     wait(EARLY)
     # Every warp has the queries.
     each = query[None, :, :] + width + tl.zeros([WAYS, 1, 1], tl.int32)
@@ -147,9 +153,16 @@ def _attend_held(
     loaded = (new < end)[:, :, None] & inside
     new_keys = tl.load(key + new[:, :, None] * key_row + width, mask=loaded, other=0.0)
     new_values = tl.load(value + new[:, :, None] * value_row + width, mask=loaded, other=0.0)
+    extras = ()
+    if BIASED:
+        for number in tl.static_range(HELD + 1):
+            row = new if number == HELD else start + number * ROWS + place
+            there = asked[None, :, None] & (row < bias_slot)[:, None, :]
+            extras += (tl.load(biases[None, :, :] + row[:, None, :], mask=there, other=0.0),)
     ask_before()
     queries = keep_here(queries).to(dtype)
-    held, mixtures = held + (keep_here(new_keys),), mixtures + (keep_here(new_values),)
+    held += (_widened(keep_here(new_keys), dtype),)
+    mixtures += (_widened(keep_here(new_values), dtype),)
 
     # One maximum and one sum for all tiles.
     found = ()
@@ -157,9 +170,9 @@ def _attend_held(
     for number in tl.static_range(HELD + 1):
         row = new if number == HELD else start + number * ROWS + place
         seen = row < (end if number == HELD else settled)
-        products = tl.dot(queries, tl.permute(_widened(held[number], dtype), (0, 2, 1)), input_precision="ieee")
-        there = asked[None, :, None] & (row < bias_slot)[:, None, :]
-        scores = _scores(products, seen[:, None, :], biases[None, :, :] + row[:, None, :], there, scale, BIASED)
+        products = tl.dot(queries, tl.permute(held[number], (0, 2, 1)), input_precision="ieee")
+        extra = keep_here(extras[number]) if BIASED else products
+        scores = _scores(products, seen[:, None, :], extra, scale, BIASED)
         highest = tl.maximum(highest, scores)
         found = found + (scores,)
     peak = tl.max(highest, 2)
@@ -168,7 +181,7 @@ def _attend_held(
     for number in tl.static_range(HELD + 1):
         weights = tl.exp2(found[number] - peak[:, :, None])
         together += weights
-        mixed = tl.dot(weights.to(dtype), _widened(mixtures[number], dtype), mixed, input_precision="ieee")
+        mixed = tl.dot(weights.to(dtype), mixtures[number], mixed, input_precision="ieee")
     top, total = tl.reduce((peak, tl.sum(together, 2)), 0, _joined)
     mixed *= tl.exp2(peak - top[None, :])[:, :, None]
     return top, total, sum_of_parts(mixed, WAYS)
