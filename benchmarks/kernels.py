@@ -34,7 +34,7 @@ from benchmarks.networks import SIZES
 from benchmarks.tiles import candidates, class_of, write_tiles
 from vgen.errors import UserError, reported
 from vgen.generators.block import Block, BlockShape
-from vgen.layers import early_launch, fused
+from vgen.layers import availability, early_launch, few_rows, fused, many_rows
 from vgen.layers.attention import View
 from vgen.layers.cache import KVCache
 from vgen.layers.handoff import Handoff
@@ -166,9 +166,9 @@ def _our_project(case: Case, block: Block, tile: Tile | None) -> Tensor:
     targets = (query, *case.view.cache.buffer[0], case.view.rope, case.view.rows)
     norm, weight = parts(block)[0], attention.wqkv.weight
     if tile:
-        fused.project_rows(case.x, norm, weight, *targets, tile, ready=case.ready)
+        few_rows.project_rows(case.x, norm, weight, *targets, tile, ready=case.ready)
     else:
-        fused.rotate_many(F.linear(fused.norm_many(case.x, norm)[1], weight), *targets)
+        many_rows.rotate_many(F.linear(many_rows.norm_many(case.x, norm)[1], weight), *targets)
     if len(case.blocks) > 1:
         return query
     return torch.cat([query.transpose(1, 2), *case.view.cache.window(0, 5, 1)], 1)
@@ -183,21 +183,21 @@ def _plain_gate(case: Case, block: Block) -> Tensor:
 def _our_gate(case: Case, block: Block, tile: Tile | None) -> Tensor:
     _, norm, feed_forward = parts(block)
     if tile:
-        return fused.gate_rows(case.x, norm, feed_forward.merged(), tile, ready=case.ready)
-    return fused.gate_many(F.linear(fused.norm_many(case.x, norm)[1], feed_forward.merged()))
+        return few_rows.gate_rows(case.x, norm, feed_forward.merged(), tile, ready=case.ready)
+    return many_rows.gate_many(F.linear(many_rows.norm_many(case.x, norm)[1], feed_forward.merged()))
 
 
 def _our_read(case: Case, block: Block, tile: Tile | None) -> Tensor:
     weight = case.matrix(block)
-    return fused.add_rows(case.x, weight, None, tile, dtype=torch.float32)[0] if tile else F.linear(case.x, weight)
+    return few_rows.add_rows(case.x, weight, None, tile, dtype=torch.float32)[0] if tile else F.linear(case.x, weight)
 
 
 def _our_sum(case: Case, block: Block, x: Tensor, weight: Tensor, tile: Tile | None) -> Tensor:
     if not tile:
-        return fused.add_product(case.x, x, weight)
+        return many_rows.add_product(case.x, x, weight)
     if block is case.blocks[0] and tile.splits > 1:
         case.arrivals.zero_()
-    return fused.add_rows(x, weight, case.x, tile, arrivals=case.arrivals[case.blocks.index(block)])[0]
+    return few_rows.add_rows(x, weight, case.x, tile, arrivals=case.arrivals[case.blocks.index(block)])[0]
 
 
 def steps_of(case: Case) -> list[Step]:
@@ -487,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.choose and not given.sweep:
             raise UserError("--choose writes the best of a sweep; add --sweep")
         device, dtype = pick_device(given.device), pick_dtype(given.dtype)
-        fused.check_available(device)
+        availability.check_available(device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         print(f"{name}, torch {torch.__version__}, size {given.size}, {dtype}", flush=True)
         if given.sweep and device.type == "cuda":

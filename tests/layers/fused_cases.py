@@ -17,7 +17,7 @@ from vgen.errors import UserError
 from vgen.generators.block import Block
 from vgen.generators.conditioning import TextCondition
 from vgen.generators.transformer import Transformer
-from vgen.layers import attention, fused
+from vgen.layers import attention, few_rows, fused, many_rows
 from vgen.layers.attention import Attention, View
 from vgen.layers.cache import KVCache
 from vgen.layers.handoff import Handoff
@@ -85,8 +85,8 @@ def test_products_of_few_rows(rows, dtype, width, outer):
 
     for tile in tiles(rows):
         got = (
-            fused.add_rows(low[0], low[1], low[3], tile)[0],
-            fused.gate_rows(low[0], low_norm, torch.cat([low[1], low[2]]), tile),
+            few_rows.add_rows(low[0], low[1], low[3], tile)[0],
+            few_rows.gate_rows(low[0], low_norm, torch.cat([low[1], low[2]]), tile),
         )
         for mine, theirs, best in zip(got, plain(low_norm, *low), plain(exact_norm, *exact), strict=True):
             assert mine.dtype == dtype
@@ -104,10 +104,10 @@ def test_products_of_few_rows(rows, dtype, width, outer):
 )
 def test_programs_that_share_the_inner_axis(rows, width, tile):
     x, weight, residual = (torch.randn(*shape).half() for shape in [(1, rows, width), (12, width), (1, rows, 12)])
-    got, _ = fused.add_rows(x, weight, residual, tile)
+    got, _ = few_rows.add_rows(x, weight, residual, tile)
     plain = residual + F.linear(x, weight)
     assert_as_good(got, plain, residual.float() + F.linear(x.float(), weight.float()))
-    assert torch.equal(got, fused.add_rows(x, weight, residual, tile)[0])
+    assert torch.equal(got, few_rows.add_rows(x, weight, residual, tile)[0])
 
 
 def test_a_block_whose_products_share_the_inner_axis_is_right_again_and_again(monkeypatch):
@@ -116,7 +116,7 @@ def test_a_block_whose_products_share_the_inner_axis_is_right_again_and_again(mo
     given = (x, seen, block.ffn_norm, block.attention, block.feed_forward)
     expected, _ = fused.behind(*given)
     # What the counters hold at first must not matter.
-    monkeypatch.setattr(fused, "_arrivals", lambda *given, make=fused._arrivals: make(*given).fill_(7))
+    monkeypatch.setattr(fused, "arrivals_of", lambda *given, make=few_rows.arrivals_of: make(*given).fill_(7))
     shared = Tile("held", 8, 16, 4, 2, splits=2)
     try:
         use_tiles({product: ((64, replace(shared, splits=2 if product == "w2" else 1)),) for product in MEASURED})
@@ -179,11 +179,11 @@ def test_projections_reach_the_cache(batch, fed, dtype, heads, kv_heads, head_di
     rotate = (query, keys, values, view.rope, view.rows)
     for tile in tiles(batch * fed):
         view.cache.buffer.zero_()
-        fused.project_rows(x, norm, attention.wqkv.weight, *rotate, tile)
+        few_rows.project_rows(x, norm, attention.wqkv.weight, *rotate, tile)
         assert_as_good(query.transpose(1, 2), low[0], exact[0])
         assert_as_good(view.cache.buffer, low[1], exact[1])
     view.cache.buffer.zero_()
-    fused.rotate_many(F.linear(fused.norm_many(x, norm)[1], attention.wqkv.weight), *rotate)
+    many_rows.rotate_many(F.linear(many_rows.norm_many(x, norm)[1], attention.wqkv.weight), *rotate)
     torch.testing.assert_close(query.transpose(1, 2), low[0])
     torch.testing.assert_close(view.cache.buffer, low[1])
 
@@ -195,7 +195,7 @@ def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, splits):
     )
     norm = norm if affine else norm_of(40, affine=False)
     tile = Tile("held", 8, 16, 4, 2, splits=splits)
-    x, ready = fused.add_rows(seen, attention.wo.weight, torch.randn_like(seen), tile, following=norm)
+    x, ready = few_rows.add_rows(seen, attention.wo.weight, torch.randn_like(seen), tile, following=norm)
     assert ready.of is x
     assert ready.squares.shape == (5, rows)
     torch.testing.assert_close(ready.squares.sum(0), x.flatten(0, 1).float().square().sum(1))
@@ -207,10 +207,10 @@ def test_half_a_norm_is_done_where_its_input_is_made(rows, affine, splits):
     for tile in tiles(rows):
         # What is ready is taken: the input itself is not looked at.
         blind = torch.full_like(x, torch.nan)
-        got = fused.gate_rows(blind, norm, gates, tile, ready=ready)
+        got = few_rows.gate_rows(blind, norm, gates, tile, ready=ready)
         a, b = F.linear(normal, gates.float()).chunk(2, -1)
         torch.testing.assert_close(got.float(), F.silu(a) * b, rtol=2e-2, atol=2e-2)
-        fused.project_rows(blind, norm, attention.wqkv.weight, *targets, tile, ready=ready)
+        few_rows.project_rows(blind, norm, attention.wqkv.weight, *targets, tile, ready=ready)
         expected = attention.project(norm(x), view.rope)[0]
         torch.testing.assert_close(query.transpose(1, 2), expected, rtol=1e-2, atol=1e-2)
 
@@ -288,11 +288,11 @@ def test_every_norm_of_a_pass_finds_what_was_left_for_it(monkeypatch):
 def test_what_lies_between_products_of_many_rows(dtype):
     x, delta, both = (torch.randn(5, 14, width).to(dtype) for width in (48, 48, 40))
     for norm in (norm_of(48).to(dtype), norm_of(48, affine=False)):
-        total, normal = fused.norm_many(x, norm, delta)
+        total, normal = many_rows.norm_many(x, norm, delta)
         torch.testing.assert_close(total, x + delta, rtol=0, atol=0)
         torch.testing.assert_close(normal, norm(x + delta))
-        torch.testing.assert_close(fused.norm_many(x, norm)[1], norm(x))
-    torch.testing.assert_close(fused.gate_many(both), F.silu(both[..., :20]) * both[..., 20:])
+        torch.testing.assert_close(many_rows.norm_many(x, norm)[1], norm(x))
+    torch.testing.assert_close(many_rows.gate_many(both), F.silu(both[..., :20]) * both[..., 20:])
 
 
 @pytest.mark.parametrize("batch", [3, 65])
@@ -345,9 +345,9 @@ def test_projections_reach_a_cache_of_one_byte_per_number(rows):
     for tile in (*tiles(6), None):
         buffer.zero_()
         if tile:
-            fused.project_rows(x, norm, layer.wqkv.weight, *targets, tile)
+            few_rows.project_rows(x, norm, layer.wqkv.weight, *targets, tile)
         else:
-            fused.rotate_many(F.linear(fused.norm_many(x, norm)[1], layer.wqkv.weight), *targets)
+            many_rows.rotate_many(F.linear(many_rows.norm_many(x, norm)[1], layer.wqkv.weight), *targets)
         # The interpreter rounds a few in a hundred wrongly, where a carry runs through to the exponent.
         assert (buffer[1].float() == plain).float().mean() > 0.95
 

@@ -13,7 +13,7 @@ from tests.generators.helpers import tiny_generator
 from tests.hopper import compiled_for_hopper
 from tests.paths import ROOT
 from vgen.errors import UserError
-from vgen.layers import fused
+from vgen.layers import availability, few_rows
 from vgen.layers.mlp import SwiGLU
 from vgen.layers.tiles import MEASURED, Tile, best_tile, use_tiles
 from vgen.sampling.decode import decode
@@ -76,13 +76,13 @@ def test_the_engine_that_auto_stands_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     try:
         for present, expected in ((True, "fused"), (False, "graph")):
-            fused.why_not.cache_clear()
-            monkeypatch.setattr(fused, "find_spec", lambda name, present=present: present or None)
+            availability.why_not.cache_clear()
+            monkeypatch.setattr(availability, "find_spec", lambda name, present=present: present or None)
             assert pick_engine("auto", gpu) == expected
         with pytest.raises(UserError, match="pip install triton"):
             pick_engine("fused", gpu)
     finally:
-        fused.why_not.cache_clear()
+        availability.why_not.cache_clear()
 
 
 SHAPES = {
@@ -98,7 +98,7 @@ def compiled_product(product, shape, rows, tile):
     kernel = {"project": few_row_kernels.project_rows, "gate": few_row_kernels.gate_rows}.get(
         product, few_row_kernels.add_rows
     )
-    constants = fused.kernel_constants(torch.empty(*shape, device="meta"), tile, rows) | {"EARLY": True}
+    constants = few_rows.kernel_constants(torch.empty(*shape, device="meta"), tile, rows) | {"EARLY": True}
     heads = shape[1] // 64
     constants |= {"HEADS": heads, "KV_HEADS": heads, "HEAD_DIM": 64, "ROPE": True, "ADD": True}
     constants |= {"SPLITS": tile.splits, "CLEARED": 64, "SQUARED": True, "NEXT_SCALED": True, "PARTIALS": 16}

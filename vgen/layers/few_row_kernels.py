@@ -1,6 +1,6 @@
 # ruff: noqa: N803, D417, RUF005 - constants of a kernel are upper case by custom; Triton has no starred tuples
 # mypy: disable-error-code="assignment"
-"""Triton kernels: products of a decoding pass of few rows and what stands around them; called by vgen.layers.fused.
+"""Triton kernels: products of a decoding pass of few rows and what stands around them; called by vgen.layers.few_rows.
 
 A product is one of three kinds:
 

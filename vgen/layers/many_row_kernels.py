@@ -1,5 +1,5 @@
 # ruff: noqa: N803, N806, D417 - constants of a kernel are upper case by custom
-"""Triton kernels for what lies between the products of a decoding pass of many rows; called by vgen.layers.fused.
+"""Triton kernels for what lies between the products of a decoding pass of many rows; called by vgen.layers.many_rows.
 
 A kernel may be there before the one in front of it is done (programmatic dependent launch, ``EARLY``); all of them wait
 before they read what others wrote, so one that waited for its predecessor has waited for all before it.

@@ -182,3 +182,8 @@ def _held_tile(product: Product, tile: Tile, rows: int, width: int, shared_bytes
 def power_of_two(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
+
+
+def ceil_division(a: int, b: int) -> int:
+    """The quotient, rounded up."""
+    return -(-a // b)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vgen.errors import UserError
 from vgen.generators.places import Located
 from vgen.generators.transformer import Transformer
-from vgen.layers.fused import check_available, why_not
+from vgen.layers.availability import check_available, why_not
 from vgen.sampling.decode import Request, Watch, check_request, run_passes
 from vgen.sampling.settings import Sampling, SpatialGuidance
 from vgen.schedules.plan import Plan

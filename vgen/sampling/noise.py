@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vgen.layers.fused import why_not
+from vgen.layers.availability import why_not
 from vgen.random import keyed_normal, keyed_uniform
 from vgen.sampling.filters import pick_tokens
 

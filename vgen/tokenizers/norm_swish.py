@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vgen.layers.fused import why_not
+from vgen.layers.availability import why_not
 from vgen.layers.tiles import power_of_two
 
 _NUMBERS = 8192  # per tile
