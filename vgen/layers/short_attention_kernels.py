@@ -310,30 +310,12 @@ def attend_prefix(
         values = value + sample * value_batch + (first + column // ROWS)[:, None] * value_head + width[None, :]
         own = (head // GROUP)[:, None] == (column // ROWS)[None, :]
         queries = tl.load(mine + width, mask=asked[:, None] & inside[None, :], other=0.0).to(dtype)
-        peak, total, mixed = _attend_rows(
-            queries,
-            keys,
-            values,
-            biases,
-            own,
-            place,
-            start,
-            stop,
-            settled,
-            key_row,
-            value_row,
-            bias_slot,
-            asked,
-            inside,
-            scale,
-            peak,
-            total,
-            mixed,
-            SHARED,
-            ROWS,
-            BIASED,
-        )
-        if HELD > 0:
+        # Settled rows, then those of the pass that one tile does not hold.
+        for fresh in tl.static_range(2 if HELD > 0 else 1):
+            if fresh:
+                start, stop, limit = settled + ROWS, end, end
+            else:
+                limit = settled
             peak, total, mixed = _attend_rows(
                 queries,
                 keys,
@@ -341,9 +323,9 @@ def attend_prefix(
                 biases,
                 own,
                 place,
-                settled + ROWS,
-                end,
-                end,
+                start,
+                stop,
+                limit,
                 key_row,
                 value_row,
                 bias_slot,
