@@ -59,6 +59,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", choices=DTYPES, default="float32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--in-turn", action="store_true", help="pixels.beside_tokens=false")
     parser.add_argument(
         "--cudnn-benchmark", action="store_true", help="let cuDNN try its algorithms; sampling does not"
     )
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         tokenizer.to(device).eval()
         torch.backends.cudnn.benchmark = given.cudnn_benchmark
-        settings = PixelSettings(given.pixels, given.channels_last, given.compile)
+        settings = PixelSettings(given.pixels, given.channels_last, given.compile, not given.in_turn)
         print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|", flush=True)
         for order in given.orders:
             plan = make_plan(order, (tokenizer.grid[0], tokenizer.grid[1]))
@@ -128,6 +129,7 @@ def measure(pipeline: Pipeline, given: argparse.Namespace, order: str) -> str:
         whole_s = seconds_of(lambda: run(given.samples), device)
     rate, slower = given.samples / whole_s, batch / max(tokens_s, pixels_s)
     settings = f"{given.pixels}{', channels last' * given.channels_last}{', compiled' * given.compile}"
+    settings += ", in turn" * given.in_turn
     return (
         f"| {order} | {batch} | {given.engine} | {settings} | {batch / tokens_s:.1f} | {batch / pixels_s:.1f} "
         f"| {batch / (tokens_s + pixels_s):.1f} | {rate:.1f} | {shared(*spans()) / whole_s:.0%} | {rate / slower:.1%} |"

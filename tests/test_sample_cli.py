@@ -42,6 +42,20 @@ def test_a_part_of_a_picture_is_kept(command, tmp_path):
     assert identity["edit"]["box"] == [0, 0, 4, 8]
 
 
+def test_where_pixels_are_decoded_is_no_part_of_what_samples_are(command, tmp_path):
+    words = [f"checkpoint={tiny_release(tmp_path)}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}"]
+    for more, expected in (
+        (["pixels.beside_tokens=false"], None),
+        (["pixels.beside_tokens=true"], None),
+        (["pixels.channels_last=true", "pixels.beside_tokens=false", f"out={tmp_path / 'other'}"], True),
+    ):
+        status, _, err = command("sample.py", *words, *more)
+        assert status == 0, err
+        folder = tmp_path / ("other" if expected else "out")
+        pixels = json.loads((folder / "samples.json").read_text())["identity"].get("pixels")
+        assert pixels == (expected and {"dtype": "float32", "channels_last": True, "compile": False})
+
+
 def test_keys_and_values_of_one_byte(command, tmp_path):
     words = [f"checkpoint={tiny_release(tmp_path)}", "num_samples=3", "device=cpu", f"out={tmp_path / 'out'}"]
     status, _, err = command("sample.py", *words, "cache_dtype=float8_e4m3fn")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ class Ahead(InTurn):
 
 
 def stream(pipeline, lanes, monkeypatch, **options):
-    monkeypatch.setattr(pipeline_module, "lanes_of", lambda device: lanes)
+    monkeypatch.setattr(pipeline_module, "lanes_of", lambda device, apart: lanes)
     return sample_stream(pipeline, torch.arange(COUNT) % 3, Sampling(), **{"batch_size": 3} | options)
 
 
@@ -80,6 +82,16 @@ def test_samples_come_in_order_with_one_batch_ahead(pipeline, expected, monkeypa
     assert torch.equal(joined(batches), expected)
     assert running == [1, 1, 1, 0]
     assert lanes.most == 2
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_whether_pixels_have_a_stream_of_their_own_is_a_setting(pipeline, monkeypatch, beside):
+    lanes, asked = Ahead(), []
+    monkeypatch.setattr(pipeline_module, "lanes_of", lambda device, apart: asked.append(apart) or lanes)
+    settings = replace(pipeline.pixel_decoder.settings, beside_tokens=beside)
+    monkeypatch.setattr(pipeline.pixel_decoder, "settings", settings)
+    list(sample_stream(pipeline, torch.arange(COUNT) % 3, Sampling(), batch_size=3))
+    assert asked == [beside]
 
 
 def test_the_cpu_takes_its_turns(pipeline, expected):
@@ -147,10 +159,17 @@ def on_gpu(engine, order="neighboring", pixels=None):
 @gpu
 @pytest.mark.parametrize("engine", ["eager", "graph", "fused"])
 @pytest.mark.parametrize("order", ["raster", "neighboring"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_overlapped_samples_are_the_plain_ones_on_a_gpu(monkeypatch, engine, order, fast):
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        PixelSettings(),
+        PixelSettings("bfloat16", channels_last=True),
+        PixelSettings("bfloat16", channels_last=True, beside_tokens=False),
+    ],
+    ids=["plain", "fast", "in turn"],
+)
+def test_overlapped_samples_are_the_plain_ones_on_a_gpu(monkeypatch, engine, order, pixels):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    pixels = PixelSettings("bfloat16", channels_last=True) if fast else PixelSettings()
     labels, sampling = torch.arange(300) % 1000, Sampling(guidance=Guidance(scale=2.0), seed=4)
     plain, overlapped = on_gpu(engine, order, pixels), on_gpu(engine, order, pixels)
     batches = list(sample_stream(overlapped, labels, sampling, batch_size=64))

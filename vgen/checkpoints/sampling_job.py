@@ -49,6 +49,8 @@ def sample(config: DictConfig) -> None:
         engine=plain["engine"],
         pixels=pixels,
     )
+    # Where pixels are decoded changes none.
+    pixel_identity = {name: value for name, value in plain["pixels"].items() if name != "beside_tokens"}
     identity = {
         "checkpoint_sha256": file_sha256(f"{plain['checkpoint']}/{WEIGHTS}"),
         "sampling": plain["sampling"],
@@ -57,7 +59,7 @@ def sample(config: DictConfig) -> None:
         "picture_size": pipeline.picture_size,
         **{name: plain[name] for name in _OPTIONAL if plain.get(name) is not None},
         **({"engine": "fused"} if pick_engine(plain["engine"], device) == "fused" else {}),
-        **({"pixels": plain["pixels"]} if pixels != PixelSettings() else {}),
+        **({"pixels": pixel_identity} if PixelSettings(**pixel_identity) != PixelSettings() else {}),
     }
     if plain["text_features"] is not None:
         identity["text_features_sha256"] = file_sha256(plain["text_features"])

@@ -1,8 +1,9 @@
 """Where the two parts of a batch run: tokens, then pixels, in turn, or beside those of its neighbours on a GPU.
 
-Deciding tokens moves bytes and a convolutional decoder multiplies, so that a GPU can do both at once in less time than
-one after the other: while the pixels of a batch are decoded on one stream, the tokens of the next are decided on a
-second one of higher priority, and a third copies finished samples to the host.
+Deciding tokens moves bytes and a convolutional decoder multiplies, so a GPU has something left for one while it does
+the other: while the pixels of a batch are decoded on one stream, the tokens of the next are decided on a second one of
+higher priority, and a third copies finished samples to the host. Where both keep the whole device busy they hold each
+other up; then one stream for both is faster, and only the copies and what the host does lie beside them.
 """
 
 from collections.abc import Callable
@@ -85,13 +86,15 @@ class SideBySide:
 
     Args:
         device: a CUDA device.
+        apart: tokens and pixels on a stream each; otherwise they share one.
     """
 
     ahead = 1
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, apart: bool = True) -> None:
         self._device = device
-        self._streams = self._tokens, self._pixels, self._copies = _streams(device)
+        tokens, pixels, copies = _streams(device)
+        self._streams = self._tokens, self._pixels, self._copies = tokens, pixels if apart else tokens, copies
         self._buffers: list[Tensor] = []
 
     def __enter__(self) -> "SideBySide":
@@ -147,9 +150,9 @@ class SideBySide:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
-def lanes_of(device: torch.device) -> Lanes:
-    """The lanes of a device: side by side on CUDA, in turn elsewhere."""
-    return SideBySide(device) if device.type == "cuda" else InTurn()
+def lanes_of(device: torch.device, apart: bool = True) -> Lanes:
+    """The lanes of a device: side by side on CUDA, see :class:`SideBySide`, in turn elsewhere."""
+    return SideBySide(device, apart) if device.type == "cuda" else InTurn()
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -329,7 +329,8 @@ def sample_stream(
     if done is not None:
         mine = mine[~done[mine]]
     unit = "img" if pipeline.num_frames is None else "clip"
-    with progress_bar("sampling", total=len(mine), unit=unit) as bar, lanes_of(pipeline.device) as lanes:
+    apart = pipeline.pixel_decoder.settings.beside_tokens
+    with progress_bar("sampling", total=len(mine), unit=unit) as bar, lanes_of(pipeline.device, apart) as lanes:
         size, position, ahead = batch_size, 0, lanes.ahead
         started: deque[tuple[Tensor, Callable[[], Tensor]]] = deque()
         failure: Exception | None = None

@@ -22,11 +22,13 @@ class PixelSettings:
         channels_last: convolutions on channels-last memory; on a GPU with triton, the normalisations of a VQ-GAN
             decoder then are kernels of their own, see :mod:`vgen.tokenizers.norm_swish`.
         compile: torch.compile of the decoder, for the size of the first batch; smaller ones are filled up to it.
+        beside_tokens: on a GPU, beside the tokens of the next batch; otherwise in front of them.
     """
 
     dtype: str = "float32"
     channels_last: bool = False
     compile: bool = False
+    beside_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Validate.
