@@ -6,17 +6,20 @@ Random ids, bfloat16 autocast, AdamW, the network's own dropout, blocks compiled
 dtype of the residual stream, whether the loss is fused with the last product or taken of all logits, and how many
 blocks are compiled as one: --variants float32:logits:1 bfloat16:fused:4. Utilisation counts the
 products and the attention where the order lets it look (benchmarks/cost.py), forward and backward, against a matrix
-product measured in the same run.
+product measured in the same run. ``--cudnn`` has cuDNN compute the attention, causal or under a dense mask; training
+does not choose it by itself.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cost import measure_ceilings, training_flops
 from benchmarks.networks import ORDERS, SIZES, make_generator, make_plan
@@ -157,6 +160,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--variants", nargs="+", default=["float32:fused:1", "bfloat16:fused:1"])
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN (GPU only)")
     return parser.parse_args(arguments)
 
 
@@ -165,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     with reported():
         device = pick_device(given.device)
+        if given.cudnn and device.type != "cuda":
+            raise UserError("--cudnn needs a GPU")
         ceilings = measure_ceilings(device, torch.bfloat16)
         print(f"torch {torch.__version__}: product {ceilings.flops_per_s / 1e12:.2f} TFLOP/s\n{HEADER}", flush=True)
         variants = [Variant.parse(text) for text in given.variants]
@@ -181,9 +187,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             training = Training(
                 generator, plan, given.batch, attention == "flex", given.vocab, variant, not given.eager
             )
-            first = seconds_per_call(training.step, device, 1)
-            seconds_per_call(training.step, device, min(2, given.steps))
-            seconds = seconds_per_call(training.step, device, given.steps)
+            # The kernel is chosen when a step is first compiled.
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if given.cudnn else nullcontext():
+                first = seconds_per_call(training.step, device, 1)
+                seconds_per_call(training.step, device, min(2, given.steps))
+                seconds = seconds_per_call(training.step, device, given.steps)
             print(line(training, order, first, seconds, ceilings.flops_per_s), flush=True)
             del training, generator
 

@@ -90,6 +90,9 @@ def test_commands_print_a_row_per_measurement(capsys):
     printed = capsys.readouterr()
     assert "| neighboring | 2 | auto | float32 |" in printed.out
     assert "aten::silu" in printed.err
+    with pytest.raises(SystemExit):
+        train_benchmark.main([*tiny, *orders, "--cudnn"])
+    assert "--cudnn needs a GPU" in capsys.readouterr().err
 
 
 def test_time_during_which_both_parts_ran():
