@@ -160,6 +160,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--variants", nargs="+", default=["float32:fused:1", "bfloat16:fused:1"])
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--fused-rotation", action="store_true", help="task.fused_rotation=true")
     parser.add_argument("--cudnn", action="store_true", help="attention by cuDNN (GPU only)")
     return parser.parse_args(arguments)
 
@@ -179,6 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if attention == "flex" and (device.type != "cuda" or plan.on(device).causal):
                 continue
             generator = make_generator(given.size, plan, device=device, dtype=torch.float32, vocab_size=given.vocab)
+            if given.fused_rotation:
+                generator.fuse_rotation()
             # Every measurement compiles anew: after a few compilations of one function the rest would run uncompiled.
             torch.compiler.reset()
             if device.type == "cuda":

@@ -250,6 +250,45 @@ def test_tokens_become_vectors(batch, own):
         assert not fused.can_embed(torch.nn.Embedding(3, 4))
 
 
+@pytest.mark.parametrize("rope", ["shared", "own"])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 8), (4, 2, 12)])
+@torch.enable_grad()
+def test_training_cuts_and_rotates_projections(heads, kv_heads, head_dim, rope, monkeypatch):
+    layer = Attention(dim=heads * head_dim, heads=heads, kv_heads=kv_heads, dropout=0.0, residual_dropout=0.0)
+    angles = torch.rand(*([3] if rope == "own" else []), 5, head_dim // 2) * 6
+    table = torch.stack([angles.cos(), angles.sin()], -1)
+    table[..., 0, :, :] = 0.0  # a slot without a place
+    x, runs = torch.randn(3, 5, heads * head_dim), []
+    for layer.fused_rotation in (False, True):
+        view, given = View(causal=True, mask=None, rope=table), x.clone().requires_grad_()
+        parts = layer.project(given, table)
+        (layer(given, view, 0).sin().sum() + sum(part.square().sum() for part in parts)).backward()
+        runs.append([*parts, given.grad, layer.wqkv.weight.grad])
+        layer.zero_grad()
+    for plain, ours in zip(*runs, strict=True):
+        torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-5)
+    monkeypatch.setattr(attention, "split_and_rotate", None)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.project(x, table)[0], runs[0][0], atol=1e-6, rtol=1e-6)
+
+
+@torch.enable_grad()
+def test_the_rotation_is_an_operator_that_compilers_know():
+    table = torch.randn(5, 4, 2)
+    projected = torch.randn(2, 5, 64, requires_grad=True)
+    torch.library.opcheck(torch.ops.vgen.split_and_rotate.default, (projected, table, 4, 2))
+    gradients = [torch.randn(2, heads, 5, 8) for heads in (4, 2, 2)]
+    torch.library.opcheck(torch.ops.vgen.join_rotated.default, (*gradients, table))
+    layer = Attention(dim=32, heads=4, kv_heads=2, dropout=0.0, residual_dropout=0.0)
+    layer.fused_rotation = True
+    x, runs = torch.randn(2, 5, 32), []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        run(given, View(causal=True, mask=None, rope=table), 0).square().sum().backward()
+        runs.append(given.grad)
+    torch.testing.assert_close(*runs)
+
+
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("batch", [1, 3, 10, 25], ids=lambda batch: f"{3 * batch} rows")
 def test_heads_are_read_in_turn(batch, heads):

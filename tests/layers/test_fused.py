@@ -178,6 +178,22 @@ def test_sums_need_few_exchanges_between_threads(product, rows):
 
 
 @needs_triton
+def test_projections_and_their_gradients_move_in_wide_pieces():
+    from vgen.layers import many_row_kernels
+
+    constants = {"HEADS": 16, "KV_HEADS": 16, "HEAD_DIM": 64, "COLUMNS": 1024, "ROWS": 1, "ROPE": True, "EARLY": False}
+    types = {"rope": "*fp32", "cache_rows": "*i64"} | dict.fromkeys(
+        ("projected", "query", "key", "value", "out"), "*bf16"
+    )
+    for kernel in (many_row_kernels.rotate_many, many_row_kernels.join_rotated):
+        odd = ("rows", "fed")
+        code = compiled_for_hopper(kernel, constants, types, usual="i32", odd=odd, num_warps=4).asm["ptx"]
+        assert "st.global.v4.b32" in code
+        assert "ld.global.v4.b32" in code
+        assert ".local" not in code
+
+
+@needs_triton
 def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
     tile = Tile("held", 64, 128, 8, 2)
     code, beside = compiled_product("project", SHAPES["L"]["project"], 32, tile).asm["ptx"], False
@@ -188,6 +204,21 @@ def test_eight_warps_wait_for_each_other_before_rows_are_stored_over():
         elif "bar.sync" in line:
             beside = False
         assert not (beside and "st.shared" in line)
+
+
+@on_gpu
+def test_training_rotates_alike_on_a_gpu():
+    generator = tiny_generator(raster(grid=(4, 4)), dim=128).cuda().train()
+    ids, labels = torch.randint(23, (3, 16), device="cuda"), torch.arange(3, device="cuda")
+    gradients = []
+    for fuse in (lambda: None, generator.fuse_rotation):
+        fuse()
+        generator.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            torch.manual_seed(0)
+            generator.logits(ids, labels, raster(grid=(4, 4))).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in generator.parameters() if p.grad is not None]))
+    assert (gradients[1] - gradients[0]).norm() <= 0.02 * gradients[0].norm()
 
 
 @on_gpu

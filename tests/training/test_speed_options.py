@@ -24,6 +24,7 @@ def test_a_fused_loss_trains_as_the_plain_one(schedule, tokenizer_release, tmp_p
         ("task.compile_group=2", r"task\.compile_group=2 has no effect"),
         ("task.residual=float16", r"task\.residual=float16"),
         ("task.residual=bfloat16", r"needs trainer\.precision=bf16-mixed"),
+        ("task.fused_rotation=true", r"task\.fused_rotation=true is not available: .*set it to false"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(setting, message, tokenizer_release, tmp_path):

@@ -338,6 +338,21 @@ class Transformer(nn.Module):
             other = following.get(id(block))
             block.fuse(enabled, other if isinstance(other, Block) else None)
 
+    def fuse_rotation(self) -> None:
+        """Have training cut and rotate the projections of every block by the kernels of :mod:`vgen.layers.rotation`.
+
+        Raises:
+            UserError: if the network norms queries and keys or does not rotate them.
+        """
+        layers = [block.attention for block in self._blocks()]
+        if not layers or self.rotary.kind == "none" or any(layer.q_norm is not None for layer in layers):
+            raise UserError(
+                "task.fused_rotation=true knows networks with rotary codes and without norms of queries and keys; set "
+                "it to false for this one"
+            )
+        for layer in layers:
+            layer.fused_rotation = True
+
     @property
     def num_condition(self) -> int:
         """Condition slots at the start of every sequence."""

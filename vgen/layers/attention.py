@@ -13,6 +13,7 @@ from vgen.layers.handoff import Relay
 from vgen.layers.modulation import Modulator
 from vgen.layers.norm import NormKind, make_norm
 from vgen.layers.rope import rotate
+from vgen.layers.rotation import split_and_rotate
 from vgen.layers.short_attention import runs_here, short_attention
 
 
@@ -111,6 +112,8 @@ class Attention(nn.Module):
     Attributes:
         fused: few queries against a cache go through :func:`vgen.layers.short_attention.short_attention`; set by
             ``Transformer.fuse_decoding``.
+        fused_rotation: with gradients, projections are cut and rotated by :mod:`vgen.layers.rotation`; set by
+            ``Transformer.fuse_rotation``.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         qkv_bias = bias if qkv_bias is None else qkv_bias
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
         self.dropout = dropout
-        self.fused = False
+        self.fused = self.fused_rotation = False
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=qkv_bias)
         self.q_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = make_norm(qk_norm, self.head_dim, eps=norm_eps) if qk_norm else None
@@ -146,7 +149,10 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rope: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B, heads, F, head_dim] of x [B, F, dim]; ``rope`` as in :class:`View`."""
         batch, fed, _ = x.shape
-        heads = self.wqkv(x).view(batch, fed, -1, self.head_dim)
+        projected = self.wqkv(x)
+        if self.fused_rotation and rope is not None and torch.is_grad_enabled():
+            return split_and_rotate(projected, rope, self.heads, self.kv_heads)
+        heads = projected.view(batch, fed, -1, self.head_dim)
         if torch.compiler.is_compiling():
             # Apart, and in the layout of the projection: the compiler then joins rotations and their gradients to the
             # kernels on either side, where joined queries and keys are copied once more.

@@ -320,6 +320,64 @@ def rotate_many(
     )
 
 
+@triton.jit(do_not_specialize=["rows", "fed"])
+def join_rotated(
+    query,
+    key,
+    value,
+    rope,
+    out,
+    rows,
+    fed,
+    rope_batch,
+    query_batch,
+    query_head,
+    query_slot,
+    key_batch,
+    key_head,
+    key_slot,
+    value_batch,
+    value_head,
+    value_slot,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients of rotated queries and keys, turned back, and of values, joined as projections are.
+
+    Args:
+        query: [B, HEADS, fed, HEAD_DIM], every head_dim contiguous; the numbers named after it are its strides.
+        key: [B, KV_HEADS, fed, HEAD_DIM], like query.
+        value: like key.
+        out: [rows, (HEADS + 2 KV_HEADS) HEAD_DIM]; a program writes COLUMNS numbers of a row.
+    """
+    N: tl.constexpr = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    row = tl.program_id(0)
+    sample = row // fed
+    slot = row - sample * fed
+    wide = sample.to(tl.int64)
+    first = tl.program_id(1) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    here = column < N
+    head, within = column // HEAD_DIM, column % HEAD_DIM
+    of_query, of_value = head < HEADS, head >= HEADS + KV_HEADS
+    place = wide * query_batch + head * query_head + slot * query_slot + within
+    grad = tl.load(query + place, mask=here & of_query, other=0.0)
+    place = wide * key_batch + (head - HEADS) * key_head + slot * key_slot + within
+    grad += tl.load(key + place, mask=here & (head >= HEADS) & (head < HEADS + KV_HEADS), other=0.0)
+    place = wide * value_batch + (head - HEADS - KV_HEADS) * value_head + slot * value_slot + within
+    grad += tl.load(value + place, mask=here & of_value, other=0.0)
+    pair = first + 2 * tl.arange(0, COLUMNS // 2)
+    turned = pair < (HEADS + KV_HEADS) * HEAD_DIM
+    angles = rope + wide * rope_batch + slot * HEAD_DIM + pair % HEAD_DIM
+    cos = tl.load(angles, mask=turned, other=1.0)
+    sin = tl.load(angles + 1, mask=turned, other=0.0)
+    a, b = tl.split(tl.reshape(grad.to(tl.float32), [COLUMNS // 2, 2]))
+    grad = tl.reshape(tl.join(a * cos + b * sin, b * cos - a * sin), [COLUMNS])
+    tl.store(out + row.to(tl.int64) * N + column, grad.to(out.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def gate_many(both, out, rows, N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr):
     """Gate of the halves of [rows, 2 N]."""

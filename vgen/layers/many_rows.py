@@ -119,6 +119,44 @@ def rotate_many(
     )
 
 
+def join_rotated(query: Tensor, key: Tensor, value: Tensor, rope: Tensor) -> Tensor:
+    """Gradients of projections [B, F, (heads + 2 kv_heads) * head_dim] from those of what they became.
+
+    Args:
+        query: gradient of rotated queries, [B, heads, F, head_dim].
+        key: of rotated keys, [B, kv_heads, F, head_dim].
+        value: of values, likewise.
+        rope: see :class:`vgen.layers.attention.View`.
+    """
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    batch, heads, fed, head_dim = query.shape
+    kv_heads, rope = key.shape[1], rope.contiguous()
+    width = (heads + 2 * kv_heads) * head_dim
+    columns = min(1024, power_of_two(width))
+    out = query.new_empty(batch, fed, width)
+    # Triton launches on the current device.
+    with torch.cuda.device_of(out):
+        _kernels().join_rotated[(batch * fed, ceil_division(width, columns))](
+            query,
+            key,
+            value,
+            rope,
+            out,
+            batch * fed,
+            fed,
+            0 if rope.dim() == 3 else rope.stride(0),
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            HEAD_DIM=head_dim,
+            COLUMNS=columns,
+            num_warps=4,
+        )
+    return out
+
+
 def gate_many(both: Tensor) -> Tensor:
     """Product silu(a) b of the halves of [B, F, 2 * hidden]."""
     rows, hidden = both.shape[0] * both.shape[1], both.shape[2] // 2

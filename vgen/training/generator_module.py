@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vgen.data.video_transforms import first_frames
 from vgen.errors import UserError
 from vgen.generators.transformer import Transformer
+from vgen.layers.availability import why_not
 from vgen.losses.tokens import (
     MASKED_FLOOR,
     linear_cross_entropy,
@@ -52,6 +53,7 @@ class GeneratorModule(TrainingModule):
             half the bytes and needs bfloat16 autocast.
         fused_loss: compute the loss with the last matrix product, in chunks, without holding all logits; ``auto`` = on
             a GPU.
+        fused_rotation: cut and rotate projections by one kernel, see :meth:`Transformer.fuse_rotation`; GPU only.
         shared: arguments of :class:`vgen.training.module.TrainingModule` other than the network.
 
     Raises:
@@ -73,6 +75,7 @@ class GeneratorModule(TrainingModule):
         compile_group: int = 1,
         residual: str = "float32",
         fused_loss: bool | Literal["auto"] = "auto",
+        fused_rotation: bool = False,
         label_smoothing: float = 0.0,
         visible_weight: float | None = None,
         given_frames: int | None = None,
@@ -100,6 +103,9 @@ class GeneratorModule(TrainingModule):
             raise UserError(f"task.residual={residual} is unknown; choose one of {', '.join(RESIDUALS)}")
         self.residual = residual
         generator.residual_dtype = RESIDUALS[residual]
+        self.fused_rotation = fused_rotation
+        if fused_rotation:
+            generator.fuse_rotation()
         self.compile_group = compile_group
         if compile_network:
             generator.compile_blocks(group=compile_group)
@@ -123,6 +129,8 @@ class GeneratorModule(TrainingModule):
         self.tokenizer.to(self.device)
         if self.attention == "flex" and self.device.type != "cuda":
             raise UserError("task.attention=flex trains on a GPU only; use task.attention=auto or dense")
+        if self.fused_rotation and (reason := why_not(self.device)):
+            raise UserError(f"task.fused_rotation=true is not available: {reason}; set it to false")
         if self.compile_group > 1 and isinstance(self.trainer.strategy, FSDPStrategy):
             raise UserError("trainer=fsdp gathers single blocks; set task.compile_group=1")
         precision = str(self.trainer.precision)

@@ -288,6 +288,7 @@ def build_generator(config: Node) -> Parts:
         attention=task["attention"],
         residual=task["residual"],
         fused_loss=task["fused_loss"],
+        fused_rotation=task["fused_rotation"],
         **_shared(config),
     )
     extra = {"schedule": config["schedule"], "given_frames": task["given_frames"], **_extra(config, source)}
