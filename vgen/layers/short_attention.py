@@ -184,6 +184,7 @@ def short_attention(
     assert tile.shared == 1 or asked <= tile.queries, "heads that share a program must fit into it"
     assert tile.shared == 1 or not tile.held, "held rows are those of one head"
     assert not tile.held or tile.rows >= max(2, tile.warps) * WAY_ROWS, "a held tile is shared among warps"
+    assert splits == 1 or tile.held <= tile.span, "a split holds rows of its own only"
     launch: dict[str, Any] = early_launch(query.device, tile.early)
     # Triton launches on the current device.
     with torch.cuda.device_of(query):
