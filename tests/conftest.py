@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import runpy
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ from tests.paths import ROOT
 def _same_numbers():
     """Numbers that a test draws do not hang on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """torch.compile traces networks and their gradients and generates no code, which takes most of a minute.
+
+    That compiled code computes the same is tested in tests/training/test_steps.py.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture

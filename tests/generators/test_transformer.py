@@ -199,7 +199,7 @@ def test_groups_of_blocks_run_every_block_once(order, group, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_groups_have_the_gradients_of_plain_blocks():
+def test_compiled_groups_have_the_gradients_of_plain_blocks(traced_only):
     from torch._dynamo.utils import counters
 
     ids, labels = torch.randint(23, (2, 12)), torch.tensor([1, 4])

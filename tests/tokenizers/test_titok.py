@@ -209,7 +209,7 @@ def test_clustering_keeps_the_graph_of_the_pass(seed):
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_gradients_and_names():
+def test_compiled_training_gives_the_same_gradients_and_names(traced_only):
     pixels, results = pictures(), []
     for compiled in (False, True):
         model = tiny().train()
