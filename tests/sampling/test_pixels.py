@@ -40,6 +40,8 @@ def test_options_of_the_decoder_change_pixels_by_rounding_only(release):
     assert (half - expected).norm() / expected.norm() < 2e-2
     with pytest.raises(UserError, match=r"pixels\.dtype"):
         PixelSettings(dtype="float8")
+    with pytest.raises(UserError, match=r"pixels\.beside_tokens=perhaps is unknown; choose true or false"):
+        PixelSettings(beside_tokens="perhaps")
 
 
 @pytest.mark.parametrize("kind", ["vqgan", "maskgit"])

@@ -24,13 +24,16 @@ def test_a_fused_loss_trains_as_the_plain_one(schedule, tokenizer_release, tmp_p
         ("task.compile_group=2", r"task\.compile_group=2 has no effect"),
         ("task.residual=float16", r"task\.residual=float16"),
         ("task.residual=bfloat16", r"needs trainer\.precision=bf16-mixed"),
+        ("task.fused_rotation=perhaps", r"task\.fused_rotation=perhaps is unknown; choose true or false"),
+        (["task.fused_rotation=true", "generator.qk_norm=rms"], r"without norms of queries and keys; set it to false"),
+        (["task.fused_rotation=true", "generator.rope=none"], r"knows networks with rotary codes"),
         ("task.fused_rotation=true", r"task\.fused_rotation=true is not available: .*set it to false"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(setting, message, tokenizer_release, tmp_path):
     words = [*GENERATOR, f"task.tokenizer={tokenizer_release}", "trainer.max_steps=1"]
     with pytest.raises(UserError, match=message):
-        run(tmp_path / "run", *words, setting)
+        run(tmp_path / "run", *words, *([setting] if isinstance(setting, str) else setting))
 
 
 def test_a_narrow_residual_stream_trains(tokenizer_release, tmp_path):

@@ -41,60 +41,6 @@ def _scores(products, seen, extra, scale, BIASED: tl.constexpr):
 
 
 @triton.jit
-def _attend_rows(
-    queries,
-    keys,
-    values,
-    biases,
-    own,
-    place,
-    start,
-    stop,
-    end,
-    key_row,
-    value_row,
-    bias_slot,
-    asked,
-    inside,
-    scale,
-    peak,
-    total,
-    mixed,
-    SHARED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BIASED: tl.constexpr,
-):
-    """Peak, sum of weights and mixture of values with the rows from ``start`` to ``stop`` that lie before ``end``.
-
-    Args:
-        own: bool [QUERIES, SHARED ROWS], columns of a tile that are of a query's own head.
-        place: which row of a step each column is.
-    """
-    dtype: tl.constexpr = queries.dtype
-    for first in range(start, stop, ROWS):
-        row = first + place
-        loaded = (row < end)[:, None] & inside[None, :]
-        tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
-        mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
-        products = tl.dot(queries, tl.trans(_widened(tile, dtype)), input_precision="ieee")
-        seen = (row < end)[None, :]
-        if SHARED > 1:
-            seen = own & seen
-        extra = products
-        if BIASED:
-            # Up to the end of its line, not of the rows, so that neighbours are loaded together.
-            extra = tl.load(biases + row[None, :], mask=asked[:, None] & (row < bias_slot)[None, :], other=0.0)
-        scores = _scores(products, seen, extra, scale, BIASED)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = tl.dot(weights.to(dtype), _widened(mixture, dtype), mixed * shrink[:, None], input_precision="ieee")
-        peak = higher
-    return peak, total, mixed
-
-
-@triton.jit
 def _joined(peak, total, other_peak, other_total):
     """Peak and sum of weights of two parts."""
     higher = tl.maximum(peak, other_peak)
@@ -316,29 +262,28 @@ def attend_prefix(
                 start, stop, limit = settled + ROWS, end, end
             else:
                 limit = settled
-            peak, total, mixed = _attend_rows(
-                queries,
-                keys,
-                values,
-                biases,
-                own,
-                place,
-                start,
-                stop,
-                limit,
-                key_row,
-                value_row,
-                bias_slot,
-                asked,
-                inside,
-                scale,
-                peak,
-                total,
-                mixed,
-                SHARED,
-                ROWS,
-                BIASED,
-            )
+            for beginning in range(start, stop, ROWS):
+                row = beginning + place
+                seen = (row < limit)[None, :]
+                loaded = (row < limit)[:, None] & inside[None, :]
+                tile = tl.load(keys + row[:, None] * key_row, mask=loaded, other=0.0)
+                mixture = tl.load(values + row[:, None] * value_row, mask=loaded, other=0.0)
+                products = tl.dot(queries, tl.trans(_widened(tile, dtype)), input_precision="ieee")
+                if SHARED > 1:
+                    seen = own & seen
+                extra = products
+                if BIASED:
+                    # Up to the end of its line, not of the rows, so that neighbours are loaded together.
+                    there = asked[:, None] & (row < bias_slot)[None, :]
+                    extra = tl.load(biases + row[None, :], mask=there, other=0.0)
+                scores = _scores(products, seen, extra, scale, BIASED)
+                higher = tl.maximum(peak, tl.max(scores, 1))
+                weights = tl.exp2(scores - higher[:, None])
+                shrink = tl.exp2(peak - higher)
+                total = total * shrink + tl.sum(weights, 1)
+                mixed *= shrink[:, None]
+                mixed = tl.dot(weights.to(dtype), _widened(mixture, dtype), mixed, input_precision="ieee")
+                peak = higher
 
     line = (sample * fed + slot) * HEADS + first * GROUP + head
     if SPLIT:

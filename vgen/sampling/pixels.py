@@ -34,10 +34,13 @@ class PixelSettings:
         """Validate.
 
         Raises:
-            UserError: for an unknown dtype.
+            UserError: for an unknown dtype, or a switch that is neither true nor false.
         """
         if self.dtype not in DTYPES:
             raise UserError(f"pixels.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}")
+        for name in ("channels_last", "compile", "beside_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"pixels.{name}={getattr(self, name)} is unknown; choose true or false")
 
 
 class PixelDecoder:

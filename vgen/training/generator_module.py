@@ -103,6 +103,8 @@ class GeneratorModule(TrainingModule):
             raise UserError(f"task.residual={residual} is unknown; choose one of {', '.join(RESIDUALS)}")
         self.residual = residual
         generator.residual_dtype = RESIDUALS[residual]
+        if not isinstance(fused_rotation, bool):
+            raise UserError(f"task.fused_rotation={fused_rotation} is unknown; choose true or false")
         self.fused_rotation = fused_rotation
         if fused_rotation:
             generator.fuse_rotation()
