@@ -87,6 +87,20 @@ def test_given_tokens_and_watchers():
     assert seen == list(range(len(plan.forwards)))
 
 
+def test_given_tokens_are_counted_for_a_recording_too():
+    plan = randar(grid=(4, 4), steps=3, num_known=4)
+    decoder = Decoder(tiny_generator(plan), plan, engine="graph", record=rerun)
+    given = torch.randint(23, (3, 16))
+    known = torch.zeros(3, 16, dtype=torch.bool)
+    known[:, :4] = True
+    shared = {"sampling": Sampling(), "sample_index": torch.arange(3), "known_ids": given}
+    for _ in range(3):
+        assert torch.equal(decoder(LABELS, known=known, **shared)[:, :4], given[:, :4])
+    known[1, 3] = False
+    with pytest.raises(UserError, match="expects 4 given tokens in every sample"):
+        decoder(LABELS, known=known, **shared)
+
+
 def test_run_time_orders_are_never_recorded():
     plan = zipar(grid=(4, 4), window=2, adaptive=True)
     decoder = Decoder(tiny_generator(plan), plan, engine="graph", record=rerun)
